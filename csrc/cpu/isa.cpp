@@ -1,0 +1,72 @@
+// The choice of instruction set, at run time.
+#include "isa.h"
+
+#include <cstdlib>
+
+#include <c10/util/Exception.h>
+
+namespace regfused {
+
+namespace plain {
+const SgdKernels* sgd_kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const SgdKernels* sgd_kernels();
+}
+namespace avx512 {
+const SgdKernels* sgd_kernels();
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool usable;
+  const SgdKernels* (*sgd_kernels)();
+};
+
+// Worst first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> table = [] {
+    std::vector<Isa> isas = {{"plain", true, plain::sgd_kernels}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    // Each test also asks the operating system whether it saves the registers.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    isas.push_back({"avx2", avx2, avx2::sgd_kernels});
+    isas.push_back({"avx512", avx512, avx512::sgd_kernels});
+#endif
+    return isas;
+  }();
+  return table;
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.usable) names.emplace_back(isa.name);
+  return names;
+}
+
+const SgdKernels* choose_sgd_kernels() {
+  const char* asked = std::getenv("REGFUSED_ISA");
+  const bool any = asked == nullptr || *asked == '\0';
+  const Isa* chosen = nullptr;
+  std::string usable;
+  for (const Isa& isa : isas()) {
+    if (!isa.usable) continue;
+    usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
+    if (any || std::string(asked) == isa.name) chosen = &isa;
+  }
+  TORCH_CHECK(chosen, "regfused: REGFUSED_ISA must be one of ", usable, " on this machine, but is '", asked, "'");
+  return chosen->sgd_kernels();
+}
+
+}  // namespace regfused

@@ -1,0 +1,29 @@
+// Every kernel, compiled for AVX-512.
+//
+// System headers come first, under the compiler's default target: what they define inline may be
+// the one copy that the linker keeps. Everything after the pragma lives in a namespace of its own.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+
+#define REGFUSED_ISA avx512
+#define REGFUSED_VECTOR_BYTES 64
+
+#include "sgd_kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

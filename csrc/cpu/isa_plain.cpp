@@ -1,0 +1,10 @@
+// Every kernel, compiled for what any machine of this architecture has.
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#define REGFUSED_ISA plain
+#define REGFUSED_VECTOR_BYTES 16
+
+#include "sgd_kernel.h"

@@ -1,0 +1,184 @@
+// Vectors of one instruction set: load, store and conversion of every storage type. The only
+// place that knows dtypes, and the only one with intrinsics (conversions that the compiler does
+// not find by itself).
+//
+// Included once per instruction set, by the isa_*.cpp files, after REGFUSED_ISA and
+// REGFUSED_VECTOR_BYTES are set; system headers must be included before the target pragma.
+#pragma once
+
+#include <cstdint>
+
+#include "../portable.h"
+
+namespace regfused {
+inline namespace REGFUSED_ISA {
+
+// Lanes of a reduction: element i of a chunk is added into lane i % kLanes, on every instruction
+// set, so that a norm has the same bits on all of them.
+constexpr int kLanes = 32;
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+constexpr int kDoubles = REGFUSED_VECTOR_BYTES / 8;
+constexpr int kFloats = REGFUSED_VECTOR_BYTES / 4;
+using Doubles = Vector<double, kDoubles>;
+using Floats = Vector<float, kFloats>;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+using HalfBits = Vector<uint16_t, kFloats>;
+using FloatBits = Vector<uint32_t, kFloats>;
+
+// --- Conversions ------------------------------------------------------------------------------
+
+REGFUSED_RULE Floats to_float(Floats x) { return x; }
+REGFUSED_RULE Doubles to_float(Doubles x) { return x; }
+
+// bfloat16 is the upper half of a float; rounded to nearest, ties to even, NaN kept.
+struct BFloat16Bits {
+  HalfBits bits;
+};
+REGFUSED_RULE Floats to_float(BFloat16Bits x) {
+  return (Floats)(__builtin_convertvector(x.bits, FloatBits) << 16);
+}
+REGFUSED_RULE void from_float(Floats x, BFloat16Bits& out) {
+  FloatBits bits = (FloatBits)x;
+  FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  FloatBits quiet_nan = (bits >> 16) | 0x40;
+  out.bits = __builtin_convertvector(x != x ? quiet_nan : rounded, HalfBits);
+}
+
+struct Float16Bits {
+  HalfBits bits;
+};
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE Floats to_float(Float16Bits x) { return (Floats)_mm512_cvtph_ps((__m256i)x.bits); }
+REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
+  out.bits = (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE Floats to_float(Float16Bits x) { return (Floats)_mm256_cvtph_ps((__m128i)x.bits); }
+REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
+  out.bits = (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// IEEE half without hardware: integer arithmetic, to nearest, ties to even.
+REGFUSED_RULE Floats to_float(Float16Bits x) {
+  FloatBits half = __builtin_convertvector(x.bits, FloatBits);
+  FloatBits sign = (half & 0x8000) << 16;
+  FloatBits rest = half & 0x7fff;
+  FloatBits normal = (rest << 13) + (112u << 23);
+  FloatBits special = (rest << 13) | (255u << 23);  // inf, NaN
+  special |= (FloatBits)((rest > 0x7c00) & 0x00400000);
+  // A subnormal half is a multiple of 2^-24: 0.5 + it, minus 0.5, is exact in float.
+  FloatBits half_bits = splat<FloatBits>(uint32_t(126) << 23);
+  Floats subnormal = (Floats)(rest | half_bits) - (Floats)half_bits;
+  FloatBits magnitude = rest >= 0x7c00 ? special : (rest < 0x0400 ? (FloatBits)subnormal : normal);
+  return (Floats)(magnitude | sign);
+}
+REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
+  FloatBits bits = (FloatBits)x;
+  FloatBits sign = (bits >> 16) & 0x8000;
+  FloatBits rest = bits & 0x7fffffff;
+  FloatBits normal = (rest - (112u << 23) + 0x0fff + ((rest >> 13) & 1)) >> 13;
+  // Below 2^-14: adding 0.5 lets the float adder round to a multiple of 2^-24.
+  FloatBits half_bits = splat<FloatBits>(uint32_t(126) << 23);
+  FloatBits subnormal = (FloatBits)((Floats)rest + (Floats)half_bits) - half_bits;
+  FloatBits infinity = splat<FloatBits>(uint32_t(0x7c00));
+  FloatBits nan = 0x7e00 | ((rest >> 13) & 0x3ff);
+  FloatBits half = rest < (113u << 23) ? subnormal : normal;
+  half = rest >= 0x477ff000 ? infinity : half;  // 65520 and above round to infinity
+  half = rest > 0x7f800000 ? nan : half;
+  out.bits = __builtin_convertvector(half | sign, HalfBits);
+}
+#endif
+
+// The lower and the upper half of a float vector as doubles.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE Doubles widen_low(Floats x) {
+  return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+}
+REGFUSED_RULE Doubles widen_high(Floats x) {
+  return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE Doubles widen_low(Floats x) {
+  return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+}
+REGFUSED_RULE Doubles widen_high(Floats x) {
+  return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+}
+#else
+REGFUSED_RULE Doubles widen_low(Floats x) { return Doubles{double(x[0]), double(x[1])}; }
+REGFUSED_RULE Doubles widen_high(Floats x) { return Doubles{double(x[2]), double(x[3])}; }
+#endif
+
+// --- Storage types ----------------------------------------------------------------------------
+
+// For a storage type S: the type of arithmetic T, its vector V, the bits as they lie in memory,
+// and the largest magnitude that is stored as zero.
+template <class S>
+struct Storage;
+
+template <>
+struct Storage<float> {
+  using T = float;
+  using V = Floats;
+  using Bits = Floats;
+  static constexpr float kStoredAsZero = 0;
+};
+template <>
+struct Storage<double> {
+  using T = double;
+  using V = Doubles;
+  using Bits = Doubles;
+  static constexpr double kStoredAsZero = 0;
+};
+template <>
+struct Storage<BFloat16> {
+  using T = float;
+  using V = Floats;
+  using Bits = BFloat16Bits;
+  static constexpr float kStoredAsZero = 0x1p-134f;
+};
+template <>
+struct Storage<Float16> {
+  using T = float;
+  using V = Floats;
+  using Bits = Float16Bits;
+  static constexpr float kStoredAsZero = 0x1p-25f;
+};
+
+REGFUSED_RULE void from_float(Floats x, Floats& out) { out = x; }
+REGFUSED_RULE void from_float(Doubles x, Doubles& out) { out = x; }
+
+template <class S>
+REGFUSED_RULE typename Storage<S>::V load(const S* from) {
+  typename Storage<S>::Bits bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return to_float(bits);
+}
+template <class S, class V>
+REGFUSED_RULE void store(S* to, V x) {
+  typename Storage<S>::Bits bits;
+  from_float(x, bits);
+  __builtin_memcpy(to, &bits, sizeof bits);
+}
+
+REGFUSED_RULE bool is_zero(float x) { return x == 0; }
+REGFUSED_RULE bool is_zero(double x) { return x == 0; }
+REGFUSED_RULE bool is_zero(BFloat16 x) { return (x.bits & 0x7fff) == 0; }
+REGFUSED_RULE bool is_zero(Float16 x) { return (x.bits & 0x7fff) == 0; }
+
+}  // namespace REGFUSED_ISA
+}  // namespace regfused

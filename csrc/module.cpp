@@ -1,0 +1,67 @@
+// The Python module regfused._C. The one file that pays for torch/extension.h.
+#include <torch/extension.h>
+
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+#include "sgd_plan.h"
+
+namespace regfused {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "g++ " __VERSION__;
+#endif
+  info["isas"] = usable_isas();
+  info["isa"] = choose_sgd_kernels()->isa;
+  info["cuda"] = py::none();
+  return info;
+}
+
+// Plans take part in garbage collection: see SgdPlan::traverse.
+py::custom_type_setup collected() {
+  return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject* type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (py::detail::is_holder_constructed(self)) return py::cast<SgdPlan&>(py::handle(self)).traverse(visit, arg);
+      return 0;
+    };
+    type->tp_clear = [](PyObject* self) {
+      if (py::detail::is_holder_constructed(self)) py::cast<SgdPlan&>(py::handle(self)).clear();
+      return 0;
+    };
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The compiled part of regfused.";
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
+  m.def("build_info", &build_info);
+  py::class_<SgdPlan>(m, "SgdPlan", collected())
+      .def(py::init<py::function>(), py::arg("check"))
+      .def("step", &SgdPlan::step)
+      .def("norm", &SgdPlan::norm)
+      .def("update", &SgdPlan::update)
+      .def("count", &SgdPlan::count)
+      .def_property_readonly("tensors", &SgdPlan::tensors)
+      .def_property_readonly("needs_norm", &SgdPlan::needs_norm)
+      .def_readonly("leftover", &SgdPlan::leftover)
+      .def_readonly("grad_norm", &SgdPlan::grad_norm)
+      .def_readonly("clip_coef", &SgdPlan::clip_coef)
+      .def_readonly("penalty", &SgdPlan::penalty)
+      .def_readonly("zeros", &SgdPlan::zeros)
+      .def_readonly("numel", &SgdPlan::numel)
+      .def_readonly("skipped", &SgdPlan::skipped);
+}
+
+}  // namespace regfused

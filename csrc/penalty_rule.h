@@ -1,0 +1,70 @@
+// The elastic net l1*sum|p| + l2*sum(p^2): its value, its gradient, its proximal map.
+#pragma once
+
+#include "portable.h"
+
+namespace regfused {
+inline namespace REGFUSED_ISA {
+
+// l1*|p| + l2*p^2 of one element.
+template <class T>
+struct ElasticNetValue {
+  T l1, l2;
+
+  ElasticNetValue(double l1, double l2) : l1(T(l1)), l2(T(l2)) {}
+
+  REGFUSED_RULE bool is_zero() const { return l1 == 0 && l2 == 0; }
+
+  template <class V>
+  REGFUSED_RULE V operator()(V p) const {
+    return l1 * (p > 0 ? p : -p) + l2 * (p * p);
+  }
+};
+
+// g -> gain*g + sign_weight*sign(p) + slope*p, with sign(0) = 0.
+//
+// The gradient of the loss plus an elastic net is gain = 1, sign_weight = l1, slope = 2*l2;
+// clipping scales all three, and coupled weight decay adds to the slope. A weight of zero
+// adds -0, the one neutral element of addition, whatever p is: an option that is off leaves
+// infinite parameters and negative zeros as they are.
+template <class T>
+struct ElasticNetGradient {
+  T gain, at_positive, at_negative, at_zero, slope;
+
+  ElasticNetGradient(double gain, double sign_weight, double slope)
+      : gain(T(gain)),
+        at_positive(sign_weight == 0 ? T(-0.0) : T(sign_weight)),
+        at_negative(sign_weight == 0 ? T(-0.0) : T(-sign_weight)),
+        at_zero(sign_weight == 0 ? T(-0.0) : T(0)),
+        slope(T(slope)) {}
+
+  template <class V>
+  REGFUSED_RULE V operator()(V g, V p) const {
+    V signs = p > 0 ? splat<V>(at_positive) : (p < 0 ? splat<V>(at_negative) : splat<V>(at_zero));
+    V linear = slope == 0 ? splat<V>(T(-0.0)) : slope * p;
+    return gain * g + signs + linear;
+  }
+};
+
+// p -> sign(p)*max(|p| - threshold, 0) / (1 + growth): the proximal map of a step of length lr
+// has threshold = lr*l1 and growth = 2*lr*l2. With both zero it returns p bit for bit.
+//
+// Branch-free: p - clamp(p, -threshold, threshold). The lower bound is 0 - threshold, so that a
+// threshold of zero subtracts +0 from a parameter of -0 and keeps its sign.
+template <class T>
+struct ElasticNetProximal {
+  T lower, upper, shrink;
+
+  ElasticNetProximal(double threshold, double growth)
+      : lower(T(0) - T(threshold)), upper(T(threshold)), shrink(T(1 / (1 + growth))) {}
+
+  template <class V>
+  REGFUSED_RULE V operator()(V p) const {
+    V clamped = p > lower ? p : splat<V>(lower);
+    clamped = clamped < upper ? clamped : splat<V>(upper);
+    return (p - clamped) * shrink;
+  }
+};
+
+}  // namespace REGFUSED_ISA
+}  // namespace regfused

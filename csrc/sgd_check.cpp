@@ -1,0 +1,60 @@
+// Which tensors the kernels can take, and how they must lie in memory.
+#include "sgd_check.h"
+
+#include <algorithm>
+
+namespace regfused {
+
+std::string why_not_fused(const at::Tensor& param) {
+  if (param.unsafeGetTensorImpl()->is_python_dispatch()) return "is a tensor subclass";
+  if (param.layout() != at::kStrided) return c10::str("has layout ", param.layout());
+  if (!param.device().is_cpu()) return c10::str("is on device ", param.device());
+  switch (param.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf: break;
+    default: return c10::str("has dtype ", param.scalar_type());
+  }
+  if (param.is_neg()) return "is a lazily negated view";
+  if (!param.is_non_overlapping_and_dense()) return "is not dense in memory";
+  if (param.numel() > 0 && param.data_ptr() == nullptr) return "has no memory";
+  return "";
+}
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::float32;
+    case at::kDouble: return DType::float64;
+    case at::kBFloat16: return DType::bfloat16;
+    case at::kHalf: return DType::float16;
+    default: TORCH_INTERNAL_ASSERT(false, "regfused: no storage type for ", tensor.scalar_type());
+  }
+}
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes();
+  if (sizes != b.sizes()) return false;
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  const auto left = a.strides(), right = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && left[d] != right[d]) return false;
+  return true;
+}
+
+bool any_overlap(std::vector<MemoryRange> ranges) {
+  std::sort(ranges.begin(), ranges.end());
+  uintptr_t covered = 0;
+  for (const auto& [begin, end] : ranges) {
+    if (begin < end && begin < covered) return true;
+    covered = std::max(covered, end);
+  }
+  return false;
+}
+
+MemoryRange memory_of(const at::Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  return {begin, begin + tensor.nbytes()};
+}
+
+}  // namespace regfused

@@ -1,0 +1,31 @@
+// Which tensors the kernels can take, and how they must lie in memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "sgd_step.h"
+
+namespace regfused {
+
+// Why the kernels cannot take this parameter, or an empty string. They take dense, strided,
+// non-overlapping float32, float64, bfloat16 and float16 tensors on the CPU.
+std::string why_not_fused(const at::Tensor& param);
+
+// The storage type of an eligible tensor.
+DType dtype_of(const at::Tensor& tensor);
+
+// Whether both tensors have the same sizes and pair equal indices at equal offsets in memory.
+bool same_layout(const at::Tensor& a, const at::Tensor& b);
+
+// Where a dense tensor lies: [begin, end) in bytes.
+using MemoryRange = std::pair<uintptr_t, uintptr_t>;
+MemoryRange memory_of(const at::Tensor& tensor);
+
+bool any_overlap(std::vector<MemoryRange> ranges);
+
+}  // namespace regfused

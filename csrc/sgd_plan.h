@@ -1,0 +1,133 @@
+// What an optimizer keeps between steps, so that Python pays the same for one tensor as for a
+// thousand: which parameters the kernels take, their memory, their momentum buffers, the chunks.
+//
+// A step is collect -> norm -> update. Collecting checks everything and changes nothing, the norm
+// pass reads, and the update commits fresh state and then runs what cannot fail.
+#pragma once
+
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include "cpu/sgd_drive.h"
+
+namespace regfused {
+
+namespace py = pybind11;
+
+class SgdPlan {
+ public:
+  // check(param_groups, state) raises for every hyperparameter and momentum buffer that is not as
+  // it must be; it holds the messages, this class only notices that something is odd.
+  explicit SgdPlan(py::function check);
+
+  // The whole step. False where tensors are left to the reference: then nothing has changed yet,
+  // `leftover` holds (group index, parameter) pairs, and the caller goes on with norm(), update()
+  // and count().
+  bool step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf);
+
+  // Whether the step as a whole needs its norm before anything can be updated.
+  bool needs_norm() const;
+  // The norm over the tensors here.
+  double norm();
+  // Updates the tensors here, given the norm over all tensors of the step (read if needs_norm).
+  // False: the step was skipped, and nothing changed.
+  bool update(double norm);
+  // Adds what the reference stepped to the numbers of this step, and sets the norm over all.
+  void count(double norm, double more_penalty, int64_t more_zeros, int64_t more_numel);
+  // How many tensors the kernels take.
+  size_t tensors() const { return driver_.tensors.size(); }
+
+  int traverse(visitproc visit, void* arg);
+  void clear();
+
+  py::list leftover;
+
+  // Of the last step; penalty, zeros and numel of the last one that was not skipped. skipped counts all steps so far that left no trace.
+  double grad_norm = 0;
+  double clip_coef = 1;
+  double penalty = 0;
+  int64_t zeros = 0;
+  int64_t numel = 0;
+  int64_t skipped = 0;
+
+ private:
+  static constexpr int kOptions = 18;
+  enum class Nonfinite { propagate, skip, error };
+
+  struct Group {
+    py::object dict;
+    py::object params;                      // the list in dict["params"]
+    std::array<py::object, kOptions> read;  // values that `hyper` was made of
+    bool reread = true;                     // one of them is a tensor: its value may change
+    double max_norm = 0;
+    double norm_type = 2;
+    bool clips = false;
+    bool kernels = true;    // fused is not False, neither foreach nor differentiable
+    bool demanded = false;  // fused=True
+    Nonfinite nonfinite = Nonfinite::propagate;
+  };
+  struct Param {
+    py::object object;
+    py::object buffer;          // its momentum buffer, or null
+    int32_t group = 0;
+    int32_t index = 0;          // within its group
+    int32_t row = -1;           // in driver_.tensors, or -1: left to the reference
+    c10::DispatchKeySet keys;   // as they were when the parameter was found eligible
+    at::ScalarType dtype = at::kFloat;
+    std::vector<int64_t> strides;
+    bool relay_buffer = false;  // the buffer pairs other elements: to be copied into the parameter's layout
+    void* buffer_memory = nullptr;
+  };
+  struct StateEntry {
+    py::object key, value, buffer;
+  };
+  // A buffer that becomes state once the step is certain to happen, and what was there before.
+  struct Pending {
+    size_t param;
+    at::Tensor buffer;
+    py::object previous = {};
+    bool fresh_entry = false;
+  };
+
+  bool is_known(const py::list& param_groups, const py::dict& state) const;
+  void build(const py::list& param_groups, const py::dict& state);
+  void remember_state(const py::dict& state);
+  bool read_options(Group& group, SgdHyper& hyper);
+  bool read_all_options();
+  bool collect_tensors();
+  bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
+  bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
+  std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
+  void collect_gradient(SgdTensor& row, const at::Tensor& tensor, const at::Tensor& grad);
+  void collect_buffer(size_t p, const at::Tensor& tensor);
+  double norm_pass();
+  bool update_pass(double norm);
+  [[noreturn]] void raise_nonfinite(double norm) const;
+  void commit();
+  void roll_back(size_t count);
+  void end_step();
+  std::string name_of(const Param& param) const;
+  [[noreturn]] void complain() const;
+  void forget();
+
+  py::function check_;
+  py::object param_groups_, state_;
+  std::vector<Group> groups_;
+  std::vector<Param> params_;
+  std::vector<StateEntry> entries_;
+  SgdDriver driver_;
+  SgdScalars scalars_;
+  bool busy_ = false;
+
+  // Of one step, between collect and the end of finish.
+  std::vector<at::Tensor> grads_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
+  std::vector<Pending> pending_;
+};
+
+}  // namespace regfused

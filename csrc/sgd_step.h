@@ -1,0 +1,58 @@
+// What one SGD step is made of: tensors cut into one flat list of chunks, and what a kernel is
+// told and reports. No torch in here: drivers, kernels and stand-alone tests share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "norm_rule.h"
+#include "sgd_rule.h"
+
+namespace regfused {
+
+enum class DType : uint8_t { float32, float64, bfloat16, float16 };
+
+// Elements of one chunk. Fixed: partial norms, and so every bit of the result, do not depend on
+// the number of threads. 16 K elements keep three fp32 arrays of a chunk inside a 256 KB cache.
+constexpr int64_t kChunk = 16384;
+
+struct SgdTensor {
+  void* param = nullptr;
+  void* grad = nullptr;             // nullptr: no gradient, this step passes the tensor by
+  void* momentum_buffer = nullptr;  // nullptr: a step without momentum
+  int64_t numel = 0;
+  int32_t group = 0;
+  DType dtype = DType::float32;
+  bool first = false;  // the first gradient of this parameter: what the buffer holds is not read as b
+};
+
+struct SgdChunk {
+  int32_t tensor;
+  int32_t size;
+  int64_t begin;
+};
+
+// What holds for all tensors of one step.
+struct SgdScalars {
+  double grad_scale = 1;
+  double clip_coef = 1;
+  NormType norm_type = NormType::two;
+  bool write_unscaled_grad = false;  // torch's AMP contract: leave g / grad_scale in the gradient
+  bool measure_norm = false;         // the step pass also accumulates the norm: there was no norm pass
+};
+
+// What one chunk contributes to the numbers of a step.
+struct SgdPartial {
+  double norm = 0;     // accumulated, not finished
+  double penalty = 0;  // l1*sum|p| + l2*sum(p^2) of the parameters before the step
+  int64_t zeros = 0;   // exact zeros among the parameters after the step
+};
+
+// The two passes over one chunk, compiled once per instruction set.
+struct SgdKernels {
+  const char* isa;
+  void (*norm)(const SgdTensor&, const SgdChunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
+  void (*step)(const SgdTensor&, const SgdChunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
+};
+
+}  // namespace regfused

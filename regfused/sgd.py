@@ -1,0 +1,131 @@
+"""SGD with everything between ``backward()`` and the next forward pass in one fused step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from regfused import extension, options, reference
+from regfused.reference import sgd as in_torch
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
+    """Called by the plan when something is odd, to say what."""
+    options.check_groups("SGD.step", param_groups)
+    options.check_momentum_buffers("SGD.step", param_groups, state)
+
+
+class SGD(reference.SGD):
+    r"""Stochastic gradient descent with elastic-net penalties, clipping, momentum and weight decay in one fused step.
+
+    A drop-in for ``torch.optim.SGD``. For each parameter ``p`` with gradient ``g``, the old ``p`` on all right-hand
+    sides::
+
+        g' = g / grad_scale                            under AMP, otherwise g; negated under maximize
+        h  = g' + l1*sign(p) + 2*l2*p                  as if  l1*sum|p| + l2*sum(p^2)  stood in the loss; sign(0) = 0
+        N  = norm of all h, over every group           one number
+        c  = min(1, max_norm / (N + 1e-6))             as torch.nn.utils.clip_grad_norm_; 1 without max_norm
+        d  = c*h + weight_decay*p                      coupled weight decay: after the clip, never in the norm
+        b  = d                                         at the first gradient of this parameter
+        b  = momentum*b + (1 - dampening)*d            afterwards
+        u  = d + momentum*b (nesterov) | b (momentum) | d
+        p  = p - lr*u
+
+    So ``SGD(params, lr, momentum, weight_decay, l1=.., l2=.., max_norm=..)`` gives the weights of a loop that adds
+    ``l1*sum(p.abs().sum()) + l2*sum(p.pow(2).sum())`` to the loss, calls ``clip_grad_norm_`` and steps
+    ``torch.optim.SGD``. ``l2`` is the strength of ``sum(p^2)``: where nothing is clipped, ``weight_decay = 2*l2``.
+
+    Parameters, gradients and momentum buffers keep their shapes, strides and dtypes. Arithmetic is float32 for
+    float16 and bfloat16, the parameter's own type otherwise; norms are accumulated in float64, with the same bits for
+    any number of threads and any instruction set. ``p.grad`` is read, not written (but see ``fused``).
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer.
+        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits.
+        momentum: >= 0.
+        dampening: of momentum; not applied to the first gradient of a parameter.
+        weight_decay: coupled weight decay, >= 0.
+        nesterov: Nesterov momentum; demands ``momentum > 0`` and ``dampening = 0``.
+        l1: strength of ``sum|p|``, >= 0. Per group.
+        l2: strength of ``sum(p^2)``, >= 0. Per group.
+        proximal: ``l1`` and ``l2`` leave ``h``; after the update
+            ``p = sign(p)*max(|p| - lr*l1, 0) / (1 + 2*lr*l2)``, which makes exact zeros (soft thresholding, ISTA:
+            Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014).
+        max_norm: clip the global norm ``N`` to it, >= 0, or None. The same in every group.
+        norm_type: of ``N``. 1, 2 and inf run fused, others through the reference. The same in every group.
+        penalty_in_clip: False: ``N`` and ``c`` see ``g'`` alone; the penalty's gradient is added after the clip.
+        nonfinite: what happens when ``N`` is not finite: ``"propagate"`` it, as torch does; ``"skip"`` the step, which
+            then leaves no trace but a count in `stats`; ``"error"``: RuntimeError before anything changed. The same in
+            every group.
+        decoupled_weight_decay: ``p = p*(1 - lr*weight_decay)`` instead of the term in ``d`` (Loshchilov and Hutter 2019).
+        classical_momentum: ``b = momentum*b + lr*d; p = p - b``, as in textbooks and Keras (Polyak 1964). No dampening.
+        maximize: ascend instead of descend.
+        foreach: True: pure PyTorch, by `regfused.reference`.
+        differentiable: True: pure PyTorch, and autograd runs through the step.
+        fused: None: the kernels for every tensor they can take, the reference for the rest. True: demand the kernels,
+            and under ``torch.amp.GradScaler`` unscale inside the step, which, as torch's ``fused=True``, leaves the
+            unscaled gradient in ``p.grad``. False: pure PyTorch.
+
+    Raises:
+        ValueError, RuntimeError: for options, gradients, parameters and loaded state that are not as they must be, with
+            the operation, the demand and the value. Nothing has changed then.
+
+    Example::
+
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = regfused.SGD(model.parameters(), lr=0.1, momentum=0.9, l1=1e-4, l2=1e-4, max_norm=1.0)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> optimizer.step()
+        >>> float(optimizer.stats.clip_coef) <= 1
+        True
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["fused"]:
+            problem = _why_not_fused(group["params"])
+            if problem:
+                self.param_groups.pop()
+                raise RuntimeError(f"SGD: fused=True demands {problem}")
+
+    def _step(self) -> None:
+        plan = self.__dict__.get("_plan")
+        if plan is None:
+            if extension.C is None:
+                return super()._step()
+            plan = self._plan = self._numbers = extension.C.SgdPlan(_check)
+        grad_scale = self.__dict__.get("grad_scale")
+        if not plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
+            self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
+
+    def _step_with_leftovers(self, plan: Any, grad_scale: float | None) -> None:
+        """The rest of a step in which some tensors are not for the kernels: one norm over both, one coefficient."""
+        norm_type = float(self.param_groups[0]["norm_type"])
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            pairs = [(self.param_groups[g], param) for g, param in plan.leftover]
+            entries = in_torch.collect(pairs, grad_scale, "SGD.step")
+            grad_norm = 0.0
+            if plan.needs_norm:
+                grad_norm = in_torch.norm(entries, norm_type, [plan.norm()] if plan.tensors else [])
+            if not plan.update(grad_norm):
+                return
+            record = in_torch.update(entries, self.state, plan.clip_coef, grad_scale)
+            if not plan.needs_norm:
+                grad_norm = in_torch.norm(entries, norm_type, [plan.grad_norm] if plan.tensors else [])
+            plan.count(grad_norm, record.penalty, record.zeros, record.numel)
+
+
+def _why_not_fused(params: list[torch.Tensor]) -> str:
+    if extension.C is None:
+        return f"the compiled part of regfused, but {extension.why_missing}"
+    for i, param in enumerate(params):
+        if param.device.type != "cpu" or param.dtype not in _FUSED_DTYPES or param.layout != torch.strided:
+            return (
+                "dense float32, float64, bfloat16 or float16 parameters on the CPU, but parameter "
+                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}"
+            )
+    return ""
