@@ -2,6 +2,7 @@
 #include "sgd_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <unordered_map>
 
@@ -11,6 +12,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "sgd_check.h"
 
 namespace regfused {
@@ -116,6 +118,9 @@ bool is_plain(PyObject* object) {
     if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == type.ptr()) return true;
   return false;
 }
+
+// Fewer tensors than this are looked at faster by one thread.
+constexpr int64_t kTensorsPerThread = 128;
 
 // Autograd, and anybody who saved the tensor for backward, must see that it changed.
 void bump_version(const at::Tensor& tensor) {
@@ -420,18 +425,17 @@ std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, cons
 }
 
 // A gradient that pairs other elements than its parameter is brought into the parameter's layout.
-void SgdPlan::collect_gradient(SgdTensor& row, const at::Tensor& tensor, const at::Tensor& grad) {
-  if (same_layout(grad, tensor) && !grad.is_neg()) {
-    grads_.push_back(grad);
-  } else {
-    grads_.push_back(at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options()));
-    grads_.back().copy_(grad);
-    if (scalars_.write_unscaled_grad) relaid_grads_.emplace_back(grad, grads_.back());
+void SgdPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad) {
+  grads_[p] = grad;
+  if (!same_layout(grad, tensor) || grad.is_neg()) {
+    grads_[p] = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+    grads_[p].copy_(grad);
+    relaid_grads_.emplace_back(grad, grads_[p]);
   }
-  row.grad = grads_.back().data_ptr();
+  driver_.tensors[params_[p].row].grad = grads_[p].data_ptr();
 }
 
-// The momentum buffer of the tensor in row p; a missing one is allocated, not yet committed.
+// The momentum buffer of one parameter; a missing one is allocated, not yet committed.
 void SgdPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
   const Param& param = params_[p];
   SgdTensor& row = driver_.tensors[param.row];
@@ -449,10 +453,42 @@ void SgdPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
   pending_.push_back({p, std::move(buffer)});
 }
 
+// The usual case, which needs no word to Python and no memory: a plain gradient in the layout of
+// its parameter, and a momentum buffer that is there. False: collect_tensors looks closer.
+bool SgdPlan::collect_usual(size_t p) {
+  const Param& param = params_[p];
+  const at::Tensor& tensor = tensor_of(param.object);
+  const at::Tensor& grad = std::as_const(*tensor.unsafeGetTensorImpl()).grad();
+  if (param.row < 0) return !grad.defined();
+  SgdTensor& row = driver_.tensors[param.row];
+  row.grad = nullptr;
+  if (!grad.defined()) return true;
+  if (!is_unchanged(param, tensor) || grad.key_set() != param.keys || grad.scalar_type() != param.dtype ||
+      !same_layout(grad, tensor))
+    return false;
+  row.first = false;
+  row.momentum_buffer = nullptr;
+  if (driver_.groups[param.group].momentum != 0) {
+    if (!param.buffer || param.relay_buffer || !is_unchanged_buffer(param, tensor)) return false;
+    row.momentum_buffer = param.buffer_memory;
+  }
+  row.grad = grad.data_ptr();
+  grads_[p] = grad;
+  return true;
+}
+
 // Gradients and buffers of this step; false where a tensor is not the one that was planned for.
 bool SgdPlan::collect_tensors() {
   end_step();
   leftover = py::list();
+  grads_.resize(params_.size());
+  std::atomic<bool> usual = true;
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end && usual; ++p)
+      if (!collect_usual(p)) usual = false;
+  });
+  if (usual) return true;
+
   for (size_t p = 0; p < params_.size(); ++p) {
     const Param& param = params_[p];
     const at::Tensor& tensor = tensor_of(param.object);
@@ -467,8 +503,9 @@ bool SgdPlan::collect_tensors() {
       leftover.append(py::make_tuple(param.group, param.object));
       continue;
     }
+    collect_gradient(p, tensor, grad);
     SgdTensor& row = driver_.tensors[param.row];
-    collect_gradient(row, tensor, grad);
+    row.first = false;
     row.momentum_buffer = nullptr;
     if (driver_.groups[param.group].momentum != 0) {
       if (param.buffer && !is_unchanged_buffer(param, tensor)) return false;
@@ -545,15 +582,17 @@ bool SgdPlan::update_pass(double norm) {
     py::gil_scoped_release others_may_run;
     totals = driver_.step(scalars_);
   }
-  for (const Param& param : params_) {
-    if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
-    bump_version(tensor_of(param.object));
-    if (driver_.tensors[param.row].momentum_buffer) bump_version(tensor_of(param.buffer));
-  }
-  if (scalars_.write_unscaled_grad) {
+  if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
-    for (const at::Tensor& grad : grads_) bump_version(grad);
-  }
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Param& param = params_[p];
+      if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
+      bump_version(tensor_of(param.object));
+      if (driver_.tensors[param.row].momentum_buffer) bump_version(tensor_of(param.buffer));
+      if (scalars_.write_unscaled_grad) bump_version(grads_[p]);
+    }
+  });
   grad_norm = needs_norm() ? norm : norm_finish(scalars_.norm_type, totals.norm);
   clip_coef = scalars_.clip_coef;
   penalty = totals.penalty;

@@ -103,7 +103,8 @@ class SgdPlan {
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
   bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
   std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
-  void collect_gradient(SgdTensor& row, const at::Tensor& tensor, const at::Tensor& grad);
+  bool collect_usual(size_t p);
+  void collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad);
   void collect_buffer(size_t p, const at::Tensor& tensor);
   double norm_pass();
   bool update_pass(double norm);
@@ -125,7 +126,7 @@ class SgdPlan {
   bool busy_ = false;
 
   // Of one step, between collect and the end of finish.
-  std::vector<at::Tensor> grads_;
+  std::vector<at::Tensor> grads_;  // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
   std::vector<Pending> pending_;
 };

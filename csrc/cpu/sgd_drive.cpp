@@ -4,12 +4,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include <ATen/Parallel.h>
 #include <pthread.h>
 
-#if !defined(_OPENMP)
-#error "without -fopenmp at::parallel_for runs one thread and does not say so"
-#endif
+#include "parallel.h"
 
 namespace regfused {
 
@@ -21,11 +18,12 @@ constexpr int64_t kSerial = 65536;
 // A small tensor costs about as much as this many elements before its first one.
 constexpr int64_t kChunkCost = 512;
 
-// The threads of an OpenMP pool do not survive fork(): waiting for them would hang the child.
-bool in_forked_child = false;
-const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+bool forked = false;
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 }  // namespace
+
+bool in_forked_child() { return forked; }
 
 void SgdDriver::cut(const SgdKernels* kernels) {
   kernels_ = kernels;
@@ -55,12 +53,11 @@ void SgdDriver::run(Pass pass) {
     }
   };
   const int64_t work = work_.back();
-  if (work <= kSerial || in_forked_child) return chunks(0, static_cast<int64_t>(chunks_.size()));
+  if (work <= kSerial) return chunks(0, static_cast<int64_t>(chunks_.size()));
   const auto chunk_at = [&](int64_t at) {
     return std::lower_bound(work_.begin(), work_.end() - 1, at) - work_.begin();
   };
-  at::parallel_for(0, work, kSerial / 2,
-                   [&](int64_t begin, int64_t end) { chunks(chunk_at(begin), chunk_at(end)); });
+  parallel(work, kSerial / 2, [&](int64_t begin, int64_t end) { chunks(chunk_at(begin), chunk_at(end)); });
 }
 
 double SgdDriver::combine(NormType type) const {

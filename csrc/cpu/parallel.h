@@ -1,0 +1,25 @@
+// torch's own threads, and none of them in a forked child.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#if !defined(_OPENMP)
+#error "without -fopenmp at::parallel_for runs one thread and does not say so"
+#endif
+
+namespace regfused {
+
+// The threads of an OpenMP pool do not survive fork(): waiting for them would hang the child.
+bool in_forked_child();
+
+// f(begin, end) on disjoint parts of [0, n), at least `grain` each; all of it here where n <= grain.
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= grain || in_forked_child()) {
+    if (n > 0) f(int64_t(0), n);
+  } else {
+    at::parallel_for(0, n, grain, f);
+  }
+}
+
+}  // namespace regfused
