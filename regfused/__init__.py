@@ -1,8 +1,11 @@
 """Regularized training in one fused optimizer step: L1, L2, elastic net, weight decay, momentum and clipping."""
 
-from regfused import reference
-from regfused.sgd import SGD
-
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "reference"]
+from regfused import reference
+from regfused.build import build_info
+from regfused.penalties import elastic_net, param_groups
+from regfused.sgd import SGD
+from regfused.sparsity import sparsity
+
+__all__ = ["SGD", "build_info", "elastic_net", "param_groups", "reference", "sparsity"]

@@ -93,6 +93,8 @@ class SGD(reference.SGD):
                 raise RuntimeError(f"SGD: fused=True demands {problem}")
 
     def _step(self) -> None:
+        if torch.compiler.is_compiling():
+            return _step_outside_of_the_graph(self)
         plan = self.__dict__.get("_plan")
         if plan is None:
             if extension.C is None:
@@ -117,6 +119,12 @@ class SGD(reference.SGD):
             if not plan.needs_norm:
                 grad_norm = in_torch.norm(entries, norm_type, [plan.grad_norm] if plan.tensors else [])
             plan.count(grad_norm, record.penalty, record.zeros, record.numel)
+
+
+@torch.compiler.disable
+def _step_outside_of_the_graph(optimizer: SGD) -> None:
+    """A graph break: in a compiled training step the plan runs as in eager mode."""
+    optimizer._step()
 
 
 def _why_not_fused(params: list[torch.Tensor]) -> str:

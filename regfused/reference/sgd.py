@@ -62,6 +62,8 @@ def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -
     norms = [torch.tensor(other, dtype=torch.float64) for other in others]
     for entry in entries:
         h = entry.h.coalesce().values() if entry.sparse else entry.h
+        if h.numel() == 0:
+            continue  # the maximum of nothing is an error in torch
         dtype = torch.complex128 if h.is_complex() else torch.float64
         of_tensor = torch.linalg.vector_norm(h.detach(), norm_type, dtype=dtype)
         if hasattr(of_tensor, "full_tensor"):  # a DTensor: one number for all ranks

@@ -1,0 +1,195 @@
+"""Cases of an SGD step as data, and the oracle they are held to: the formula in float64, element by element."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
+SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Every option, alone and in company.
+OPTIONS = {
+    "plain": {},
+    "lr zero": {"lr": 0.0, "momentum": 0.9, "l1": 0.1, "weight_decay": 0.1},
+    "weight decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "maximize": {"momentum": 0.9, "maximize": True, "l1": 0.05, "l2": 0.02, "max_norm": 0.7},
+    "l1": {"l1": 0.3},
+    "l2": {"l2": 0.3},
+    "elastic net, momentum": {"momentum": 0.9, "l1": 0.1, "l2": 0.2},
+    "clip": {"max_norm": 0.5},
+    "clip out of reach": {"max_norm": 1e6, "momentum": 0.5},
+    "clip to zero": {"max_norm": 0.0, "momentum": 0.5},
+    "clip, norm 1": {"max_norm": 0.5, "norm_type": 1.0, "momentum": 0.9, "l2": 0.1},
+    "clip, norm inf": {"max_norm": 0.5, "norm_type": math.inf, "momentum": 0.9, "l1": 0.1},
+    "elastic net in the clip": {"momentum": 0.9, "weight_decay": 0.01, "l1": 0.2, "l2": 0.1, "max_norm": 1.0},
+    "elastic net outside": {"momentum": 0.9, "l1": 0.2, "l2": 0.1, "max_norm": 1.0, "penalty_in_clip": False},
+    "proximal l1": {"momentum": 0.9, "l1": 3.0, "proximal": True, "max_norm": 1.0},
+    "proximal elastic net": {"l1": 2.0, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
+    "decoupled": {"momentum": 0.9, "weight_decay": 0.3, "decoupled_weight_decay": True, "l2": 0.1},
+    "classical": {"momentum": 0.9, "classical_momentum": True, "weight_decay": 0.1, "max_norm": 2.0},
+    "classical nesterov": {"momentum": 0.9, "classical_momentum": True, "nesterov": True, "l1": 0.1},
+    "everything": {
+        "momentum": 0.8,
+        "weight_decay": 0.05,
+        "l1": 1.0,
+        "l2": 0.3,
+        "proximal": True,
+        "max_norm": 1.0,
+        "norm_type": 1.0,
+        "decoupled_weight_decay": True,
+        "nesterov": True,
+        "maximize": True,
+        "nonfinite": "error",
+    },
+}
+
+DEFAULTS = {
+    "lr": 0.1,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "weight_decay": 0.0,
+    "nesterov": False,
+    "l1": 0.0,
+    "l2": 0.0,
+    "proximal": False,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "penalty_in_clip": True,
+    "nonfinite": "propagate",
+    "decoupled_weight_decay": False,
+    "classical_momentum": False,
+    "maximize": False,
+}
+
+
+def with_defaults(options: dict) -> dict:
+    return {"lr": DEFAULTS["lr"], **options}
+
+
+def make_params(sizes, dtype=torch.float32, generator=None) -> list[torch.nn.Parameter]:
+    """Standard normal, some of them exactly zero and minus zero."""
+    params = []
+    for size in sizes:
+        p = torch.randn(size, generator=generator, dtype=torch.float64)
+        flat = p.view(-1)
+        flat[5::11] = 0.0
+        flat[7::13] = -0.0
+        params.append(torch.nn.Parameter(p.to(dtype)))
+    return params
+
+
+def give_grads(params, generator=None) -> None:
+    """Never zero: a kernel that forgets an element must show."""
+    for p in params:
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = torch.where(g.abs() < 0.05, torch.full_like(g, 0.5), g).to(p.dtype)
+
+
+class Oracle:
+    """The formula in float64 for one parameter group, as straight as it can be written."""
+
+    def __init__(self, options: dict):
+        self.o = {**DEFAULTS, **options}
+
+    def penalty_gradient(self, p):
+        return self.o["l1"] * torch.sign(p) + 2 * self.o["l2"] * p
+
+    def step(self, params, grads, buffers):
+        """New parameters and buffers from old ones (float64 lists; a buffer may be None); also N and c."""
+        o = self.o
+        gs = [-g if o["maximize"] else g for g in grads]
+        inside = o["penalty_in_clip"] and not o["proximal"]
+        hs = [g + self.penalty_gradient(p) if inside else g for p, g in zip(params, gs, strict=True)]
+        everything = torch.cat([h.reshape(-1) for h in hs]) if hs else torch.zeros(0, dtype=torch.float64)
+        if o["norm_type"] == 1:
+            norm = everything.abs().sum().item()
+        elif o["norm_type"] == 2:
+            norm = math.sqrt((everything * everything).sum().item())
+        else:
+            norm = everything.abs().max().item() if everything.numel() else 0.0
+        c = 1.0 if o["max_norm"] is None else min(1.0, o["max_norm"] / (norm + 1e-6))
+        new_params, new_buffers = [], []
+        for p, h, b in zip(params, hs, buffers, strict=True):
+            d = c * h
+            if not o["penalty_in_clip"] and not o["proximal"]:
+                d = d + self.penalty_gradient(p)
+            if not o["decoupled_weight_decay"]:
+                d = d + o["weight_decay"] * p
+            if o["classical_momentum"]:
+                d = o["lr"] * d
+            u = d
+            if o["momentum"] != 0:
+                if b is None:
+                    b = d
+                elif o["classical_momentum"]:
+                    b = o["momentum"] * b + d
+                else:
+                    b = o["momentum"] * b + (1 - o["dampening"]) * d
+                u = d + o["momentum"] * b if o["nesterov"] else b
+            if o["decoupled_weight_decay"]:
+                p = p * (1 - o["lr"] * o["weight_decay"])
+            p = p - u if o["classical_momentum"] else p - o["lr"] * u
+            if o["proximal"]:
+                shrunk = torch.maximum(p.abs() - o["lr"] * o["l1"], torch.zeros_like(p))
+                p = torch.sign(p) * shrunk / (1 + 2 * o["lr"] * o["l2"])
+            new_params.append(p)
+            new_buffers.append(b)
+        return new_params, new_buffers, norm, c
+
+
+def check_against_oracle(make_optimizer, params, options, steps=3):
+    """Step by step: each step is compared with the oracle started from the very tensors it started from.
+
+    So nothing accumulates, and the tolerance is that of one step: a handful of roundings of the type of arithmetic
+    (float32 for half types) on terms no larger than `scale`, and one rounding to the type of storage.
+    """
+    optimizer = make_optimizer(params, **with_defaults(options))
+    oracle = Oracle(options)
+    dtype = params[0].dtype
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    storage = torch.finfo(dtype).eps / 2
+    for step in range(steps):
+        give_grads(params)
+        if step == 1:
+            params[-1].grad = None  # passed by, and it keeps its state
+        live = [p for p in params if p.grad is not None]
+        old = [p.detach().double().clone() for p in live]
+        grads = [p.grad.double().clone() for p in live]
+        state = [optimizer.state.get(p, {}).get("momentum_buffer") for p in live]
+        buffers = [None if b is None else b.double().clone() for b in state]
+        raw_grads = [p.grad.clone() for p in live]
+        optimizer.step()
+        want, want_buffers, norm, c = oracle.step(old, grads, buffers)
+        for i, p in enumerate(live):
+            assert torch.equal(p.grad, raw_grads[i]), "the gradient was written"
+            pairs = [("param", p.detach(), want[i])]
+            if options.get("momentum", 0) != 0:
+                pairs.append(("momentum_buffer", optimizer.state[p]["momentum_buffer"], want_buffers[i]))
+            scale = 4 + old[i].abs().max().item() + grads[i].abs().max().item() if p.numel() else 1
+            for name, got, expected in pairs:
+                assert got.dtype == dtype and got.shape == expected.shape
+                bound = 16 * arithmetic * scale + (storage if storage > arithmetic else 0) * expected.abs()
+                # Half the spacing of subnormals, below which a relative bound means nothing.
+                bound = bound + torch.finfo(dtype).smallest_normal * storage
+                wrong = (got.double() - expected).abs() > bound
+                assert not wrong.any(), (
+                    f"step {step}, tensor {i} of {p.numel()} elements, {name}: {int(wrong.sum())} elements are off, "
+                    f"first at {wrong.nonzero()[0].tolist()}: {got[wrong][0]} instead of {expected[wrong][0]}"
+                )
+        assert math.isclose(optimizer.stats.grad_norm.item(), norm, rel_tol=1e-5, abs_tol=1e-12)
+        assert math.isclose(optimizer.stats.clip_coef.item(), c, rel_tol=1e-5, abs_tol=1e-12)
+        penalties = sum(
+            options.get("l1", 0) * p.abs().sum().item() + options.get("l2", 0) * p.square().sum().item() for p in old
+        )
+        assert math.isclose(optimizer.stats.penalty.item(), penalties, rel_tol=1e-5, abs_tol=1e-12)
+        numel = sum(p.numel() for p in live)
+        zeros = sum(int((p == 0).sum()) for p in live)
+        assert optimizer.stats.zero_fraction.item() == (zeros / numel if numel else 0)
+    return optimizer
