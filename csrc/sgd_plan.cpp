@@ -119,6 +119,14 @@ bool is_plain(PyObject* object) {
   return false;
 }
 
+// Whether the kernels can read this momentum buffer; a buffer in other strides is copied first.
+bool buffer_fits(PyObject* object, const at::Tensor& param) {
+  if (!THPVariable_Check(object) || !is_plain(object)) return false;
+  const at::Tensor& buffer = THPVariable_Unpack(object);
+  return buffer.layout() == at::kStrided && buffer.device() == param.device() &&
+         buffer.scalar_type() == param.scalar_type() && buffer.sizes() == param.sizes();
+}
+
 // Fewer tensors than this are looked at faster by one thread.
 constexpr int64_t kTensorsPerThread = 128;
 
@@ -242,6 +250,24 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
   for (Param& param : params) {
     const at::Tensor& tensor = tensor_of(param.object);
     if (!groups_[param.group].kernels || !is_plain(param.object.ptr()) || !why_not_fused(tensor).empty()) continue;
+    const auto found = buffer_of.find(param.object.ptr());
+    if (found != buffer_of.end()) {
+      if (!buffer_fits(found->second, tensor)) {
+        // Python raises, or knows the buffer as one of the reference's, such as a sparse one.
+        try {
+          check_(param_groups_, state_);
+        } catch (...) {
+          forget();
+          throw;
+        }
+        continue;
+      }
+      const at::Tensor& buffer = THPVariable_Unpack(found->second);
+      param.buffer = py::reinterpret_borrow<py::object>(found->second);
+      param.relay_buffer = !same_layout(buffer, tensor) || buffer.is_neg();
+      param.buffer_memory = buffer.data_ptr();
+      if (!param.relay_buffer) buffer_memory.push_back(memory_of(buffer));
+    }
     param.row = static_cast<int32_t>(driver_.tensors.size());
     param.keys = tensor.key_set();
     param.dtype = tensor.scalar_type();
@@ -252,24 +278,6 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
     row.group = param.group;
     row.dtype = dtype_of(tensor);
     memory.push_back(memory_of(tensor));
-    const auto found = buffer_of.find(param.object.ptr());
-    if (found != buffer_of.end()) {
-      bool fits = THPVariable_Check(found->second) && is_plain(found->second);
-      if (fits) {
-        const at::Tensor& buffer = THPVariable_Unpack(found->second);
-        fits = buffer.layout() == at::kStrided && buffer.device() == tensor.device() &&
-               buffer.scalar_type() == tensor.scalar_type() && buffer.sizes() == tensor.sizes();
-      }
-      if (!fits) {
-        forget();
-        complain();
-      }
-      const at::Tensor& buffer = THPVariable_Unpack(found->second);
-      param.relay_buffer = !same_layout(buffer, tensor) || buffer.is_neg();
-      param.buffer_memory = buffer.data_ptr();
-      if (!param.relay_buffer) buffer_memory.push_back(memory_of(buffer));
-      param.buffer = py::reinterpret_borrow<py::object>(found->second);
-    }
     driver_.tensors.push_back(row);
   }
   // One parameter listed twice, or two that share memory: the order of updates has a meaning then,

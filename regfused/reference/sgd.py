@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd as sgd_for_loop
 
 from regfused import options
 from regfused.stats import Record, Stats, stats_of
@@ -144,7 +145,7 @@ def _update_sparse(entry: Entry, state: State) -> None:
     """torch's own for-loop, for which the options were checked to be torch's."""
     group, param = entry.group, entry.param
     buffers = [state.get(param, {}).get("momentum_buffer")]
-    torch.optim.sgd.sgd(
+    sgd_for_loop(
         [param],
         [entry.grad],
         buffers,
