@@ -9,8 +9,8 @@
 #include <torch/library.h>
 
 #include "cpu/isa.h"
-#include "sgd_check.h"
 #include "cpu/sgd_drive.h"
+#include "sgd_check.h"
 
 namespace regfused {
 namespace {
@@ -31,8 +31,9 @@ NormType fused_norm_type(double norm_type) {
 
 void check_tensors(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                    const c10::List<bool>& first, double momentum) {
-  TORCH_CHECK_VALUE(grads.size() == params.size(), "regfused::sgd_: there must be one gradient for each parameter, but got ",
-                    params.size(), " parameters and ", grads.size(), " gradients");
+  TORCH_CHECK_VALUE(grads.size() == params.size(),
+                    "regfused::sgd_: there must be one gradient for each parameter, but got ", params.size(),
+                    " parameters and ", grads.size(), " gradients");
   const size_t buffers = momentum == 0 ? 0 : params.size();
   TORCH_CHECK_VALUE(momentum_buffers.size() == buffers && first.size() == buffers,
                     "regfused::sgd_: with momentum=", momentum, " there must be ", buffers,
@@ -41,8 +42,8 @@ void check_tensors(at::TensorList params, at::TensorList grads, at::TensorList m
     TORCH_CHECK_VALUE(tensor.sizes() == param.sizes() && tensor.scalar_type() == param.scalar_type() &&
                           tensor.device() == param.device() && tensor.layout() == at::kStrided,
                       "regfused::sgd_: ", name, "[", i, "] must have the shape, dtype and device of its parameter (",
-                      param.sizes(), ", ", param.scalar_type(), ", ", param.device(), "), but has ", tensor.sizes(), ", ",
-                      tensor.scalar_type(), ", ", tensor.device());
+                      param.sizes(), ", ", param.scalar_type(), ", ", param.device(), "), but has ", tensor.sizes(),
+                      ", ", tensor.scalar_type(), ", ", tensor.device());
   };
   for (size_t i = 0; i < params.size(); ++i) {
     check_like("grads", grads[i], params[i], i);
@@ -97,9 +98,8 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
     memory.push_back(memory_of(param));
     if (momentum != 0) {
       const Tensor& buffer = momentum_buffers[i];
-      TORCH_CHECK_VALUE(same_layout(buffer, param) && !buffer.is_neg(),
-                        "regfused::sgd_: momentum_buffers[", i, "] must have the strides ", param.strides(),
-                        " of its parameter, but has ", buffer.strides());
+      TORCH_CHECK_VALUE(same_layout(buffer, param) && !buffer.is_neg(), "regfused::sgd_: momentum_buffers[", i,
+                        "] must have the strides ", param.strides(), " of its parameter, but has ", buffer.strides());
       row.momentum_buffer = buffer.data_ptr();
       row.first = first[i];
       memory.push_back(memory_of(buffer));

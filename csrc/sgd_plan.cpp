@@ -49,14 +49,24 @@ PyObject* key(const char* name) {
 }
 
 const std::array<PyObject*, kCount>& option_keys() {
-  static const std::array<PyObject*, kCount> keys = {
-      key("lr"),          key("momentum"),        key("dampening"),
-      key("weight_decay"), key("l1"),             key("l2"),
-      key("max_norm"),    key("norm_type"),       key("nesterov"),
-      key("maximize"),    key("proximal"),        key("penalty_in_clip"),
-      key("decoupled_weight_decay"),              key("classical_momentum"),
-      key("nonfinite"),   key("fused"),           key("foreach"),
-      key("differentiable")};
+  static const std::array<PyObject*, kCount> keys = {key("lr"),
+                                                     key("momentum"),
+                                                     key("dampening"),
+                                                     key("weight_decay"),
+                                                     key("l1"),
+                                                     key("l2"),
+                                                     key("max_norm"),
+                                                     key("norm_type"),
+                                                     key("nesterov"),
+                                                     key("maximize"),
+                                                     key("proximal"),
+                                                     key("penalty_in_clip"),
+                                                     key("decoupled_weight_decay"),
+                                                     key("classical_momentum"),
+                                                     key("nonfinite"),
+                                                     key("fused"),
+                                                     key("foreach"),
+                                                     key("differentiable")};
   return keys;
 }
 
@@ -91,11 +101,8 @@ double number(PyObject* value) {
   return result;
 }
 
-bool truth(PyObject* value) {
-  const int result = PyObject_IsTrue(value);
-  if (result < 0) throw py::error_already_set();
-  return result != 0;
-}
+bool is_switch(PyObject* value) { return PyLong_Check(value); }  // True and False are integers
+bool truth(PyObject* value) { return value != Py_None && PyObject_IsTrue(value) == 1; }
 
 bool is_text(PyObject* value, const char* text) {
   return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
@@ -215,8 +222,8 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
     Group group;
     group.dict = py::reinterpret_borrow<py::object>(dict);
     group.params = py::reinterpret_borrow<py::object>(get(dict.ptr(), params_key()));
-    TORCH_CHECK_TYPE(group.params && PyList_Check(group.params.ptr()),
-                     "regfused.SGD.step: 'params' of group ", groups.size(), " must be a list");
+    TORCH_CHECK_TYPE(group.params && PyList_Check(group.params.ptr()), "regfused.SGD.step: 'params' of group ",
+                     groups.size(), " must be a list");
     const Py_ssize_t size = PyList_GET_SIZE(group.params.ptr());
     for (Py_ssize_t i = 0; i < size; ++i) {
       Param param;
@@ -302,8 +309,9 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
 // Something is not as it must be; Python's check says what.
 void SgdPlan::complain() const {
   check_(param_groups_, state_);
-  TORCH_INTERNAL_ASSERT(false, "regfused: a hyperparameter or momentum buffer is refused by the kernels, "
-                               "but passes the check in Python");
+  TORCH_INTERNAL_ASSERT(false,
+                        "regfused: a hyperparameter or momentum buffer is refused by the kernels, "
+                        "but passes the check in Python");
 }
 
 // --- Hyperparameters ------------------------------------------------------------------------------
@@ -332,6 +340,11 @@ bool SgdPlan::read_options(Group& group, SgdHyper& hyper) {
   hyper.weight_decay = strength(kWeightDecay);
   hyper.l1 = strength(kL1);
   hyper.l2 = strength(kL2);
+  for (Option option :
+       {kNesterov, kMaximize, kProximal, kPenaltyInClip, kDecoupledWeightDecay, kClassicalMomentum, kDifferentiable})
+    if (!is_switch(values[option])) complain();
+  for (Option option : {kFused, kForeach})
+    if (values[option] != Py_None && !is_switch(values[option])) complain();
   hyper.nesterov = truth(values[kNesterov]);
   hyper.maximize = truth(values[kMaximize]);
   hyper.proximal = truth(values[kProximal]);
@@ -342,13 +355,17 @@ bool SgdPlan::read_options(Group& group, SgdHyper& hyper) {
   group.max_norm = group.clips ? number(values[kMaxNorm]) : 0;
   group.norm_type = number(values[kNormType]);
   if (!std::isfinite(hyper.dampening) || std::isnan(group.norm_type) || !(group.max_norm >= 0)) complain();
-  if (is_text(values[kNonfinite], "propagate")) group.nonfinite = Nonfinite::propagate;
-  else if (is_text(values[kNonfinite], "skip")) group.nonfinite = Nonfinite::skip;
-  else if (is_text(values[kNonfinite], "error")) group.nonfinite = Nonfinite::error;
-  else complain();
-  group.demanded = values[kFused] != Py_None && truth(values[kFused]);
-  group.kernels = (values[kFused] == Py_None || group.demanded) &&
-                  (values[kForeach] == Py_None || !truth(values[kForeach])) && !truth(values[kDifferentiable]);
+  if (is_text(values[kNonfinite], "propagate"))
+    group.nonfinite = Nonfinite::propagate;
+  else if (is_text(values[kNonfinite], "skip"))
+    group.nonfinite = Nonfinite::skip;
+  else if (is_text(values[kNonfinite], "error"))
+    group.nonfinite = Nonfinite::error;
+  else
+    complain();
+  group.demanded = truth(values[kFused]);
+  group.kernels =
+      (values[kFused] == Py_None || group.demanded) && !truth(values[kForeach]) && !truth(values[kDifferentiable]);
 
   bool tensor = false;
   for (int i = 0; i < kCount; ++i) {
@@ -422,10 +439,12 @@ std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, cons
     return is_plain(param.object.ptr()) ? "is not for the kernels" : "is a tensor subclass";
   }
   if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.sizes() == tensor.sizes()) return "";
-  TORCH_CHECK(grad.device() == tensor.device(), "regfused.SGD.step: a gradient must be on the device of its parameter, ",
-              "but ", name_of(param), " is on ", tensor.device(), " and its gradient on ", grad.device());
-  TORCH_CHECK(grad.sizes() == tensor.sizes(), "regfused.SGD.step: a gradient must have the shape of its parameter, but ",
-              name_of(param), " has ", tensor.sizes(), " and its gradient ", grad.sizes());
+  TORCH_CHECK(grad.device() == tensor.device(),
+              "regfused.SGD.step: a gradient must be on the device of its parameter, ", "but ", name_of(param),
+              " is on ", tensor.device(), " and its gradient on ", grad.device());
+  TORCH_CHECK(grad.sizes() == tensor.sizes(),
+              "regfused.SGD.step: a gradient must have the shape of its parameter, but ", name_of(param), " has ",
+              tensor.sizes(), " and its gradient ", grad.sizes());
   if (grad.layout() != at::kStrided) return c10::str("has a gradient of layout ", grad.layout());
   if (grad.unsafeGetTensorImpl()->is_python_dispatch()) return "has a gradient that is a tensor subclass";
   if (grad.scalar_type() != param.dtype) return c10::str("has a gradient of dtype ", grad.scalar_type());
@@ -507,7 +526,8 @@ bool SgdPlan::collect_tensors() {
     const std::string why = why_left(param, tensor, grad);
     if (!why.empty()) {
       TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: fused=True demands dense, strided float32, ",
-                  "float64, bfloat16 or float16 tensors on the CPU that share no memory, but ", name_of(param), " ", why);
+                  "float64, bfloat16 or float16 tensors on the CPU that share no memory, but ", name_of(param), " ",
+                  why);
       leftover.append(py::make_tuple(param.group, param.object));
       continue;
     }

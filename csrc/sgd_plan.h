@@ -47,7 +47,8 @@ class SgdPlan {
 
   py::list leftover;
 
-  // Of the last step; penalty, zeros and numel of the last one that was not skipped. skipped counts all steps so far that left no trace.
+  // Of the last step; penalty, zeros and numel of the last one that was not skipped. skipped counts all steps so far
+  // that left no trace.
   double grad_norm = 0;
   double clip_coef = 1;
   double penalty = 0;
@@ -73,11 +74,11 @@ class SgdPlan {
   };
   struct Param {
     py::object object;
-    py::object buffer;          // its momentum buffer, or null
+    py::object buffer;  // its momentum buffer, or null
     int32_t group = 0;
-    int32_t index = 0;          // within its group
-    int32_t row = -1;           // in driver_.tensors, or -1: left to the reference
-    c10::DispatchKeySet keys;   // as they were when the parameter was found eligible
+    int32_t index = 0;         // within its group
+    int32_t row = -1;          // in driver_.tensors, or -1: left to the reference
+    c10::DispatchKeySet keys;  // as they were when the parameter was found eligible
     at::ScalarType dtype = at::kFloat;
     std::vector<int64_t> strides;
     bool relay_buffer = false;  // the buffer pairs other elements: to be copied into the parameter's layout
@@ -126,7 +127,7 @@ class SgdPlan {
   bool busy_ = false;
 
   // Of one step, between collect and the end of finish.
-  std::vector<at::Tensor> grads_;  // one for each of params_
+  std::vector<at::Tensor> grads_;                                // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
   std::vector<Pending> pending_;
 };

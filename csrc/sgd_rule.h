@@ -37,9 +37,7 @@ struct SgdHyper {
   bool classical_momentum = false;
 
   // Whether the norm reads the parameters beside the gradients.
-  REGFUSED_RULE bool penalty_in_norm() const {
-    return penalty_in_clip && !proximal && (l1 != 0 || l2 != 0);
-  }
+  REGFUSED_RULE bool penalty_in_norm() const { return penalty_in_clip && !proximal && (l1 != 0 || l2 != 0); }
 };
 
 inline namespace REGFUSED_ISA {
@@ -67,8 +65,7 @@ struct SgdGradient {
 template <class T>
 struct SgdNormGradient : ElasticNetGradient<T> {
   explicit SgdNormGradient(const SgdHyper& hyper)
-      : ElasticNetGradient<T>(1, hyper.penalty_in_norm() ? hyper.l1 : 0,
-                              hyper.penalty_in_norm() ? 2 * hyper.l2 : 0) {}
+      : ElasticNetGradient<T>(1, hyper.penalty_in_norm() ? hyper.l1 : 0, hyper.penalty_in_norm() ? 2 * hyper.l2 : 0) {}
 };
 
 // g', p, b -> p, b: the update. kMomentum = false reads and writes no momentum buffer.
@@ -87,7 +84,9 @@ struct SgdRule {
                   penalty_gain(h, clip_coef) * 2 * h.l2 + (h.decoupled_weight_decay ? 0 : h.weight_decay)),
         proximal(h.proximal ? h.lr * h.l1 : 0, h.proximal ? 2 * h.lr * h.l2 : 0),
         momentum(T(h.momentum)),
-        gain(h.classical_momentum ? T(h.lr) : (first || h.momentum == 0) ? T(1) : T(1 - h.dampening)),
+        gain(h.classical_momentum         ? T(h.lr)
+             : (first || h.momentum == 0) ? T(1)
+                                          : T(1 - h.dampening)),
         keep(h.decoupled_weight_decay ? T(1 - h.lr * h.weight_decay) : T(1)),
         step(h.classical_momentum ? T(-1) : T(-h.lr)),
         first(first),

@@ -23,9 +23,9 @@ def build_info() -> BuildInfo:
 
     Returns:
         A dictionary that prints as a table: ``regfused``, ``torch`` and ``python`` (versions that run), ``compiled``
-        (True, or why the compiled part is not used), and with it ``built for torch``, ``compiler``, ``isa`` (in use; the
-        environment variable ``REGFUSED_ISA`` chooses another), ``isas`` (that this machine runs), ``cuda`` (None: no
-        CUDA code was built), ``threads``.
+        (True, or why the compiled part is not used), ``threads``, and where it is compiled ``built for torch``,
+        ``compiler``, ``isa`` (in use; the environment variable ``REGFUSED_ISA`` chooses another), ``isas`` (that this
+        machine runs) and ``cuda`` (None: no CUDA code was built).
 
     Raises:
         RuntimeError: where ``REGFUSED_ISA`` asks for what this machine does not run.

@@ -10,7 +10,7 @@ import torch
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from regfused import _C
+        from regfused import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"it cannot be imported ({error})"
     built = str(_C.TORCH_VERSION).split("+")[0]

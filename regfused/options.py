@@ -85,9 +85,7 @@ def check_construction(operation: str, group: Mapping[str, Any]) -> None:
             f"but got momentum={group['momentum']} and dampening={group['dampening']}"
         )
     if group["classical_momentum"] and float(group["dampening"]) != 0:
-        raise ValueError(
-            f"{operation}: classical_momentum has no dampening, but got dampening={group['dampening']}"
-        )
+        raise ValueError(f"{operation}: classical_momentum has no dampening, but got dampening={group['dampening']}")
     if group["fused"] and group["foreach"]:
         raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together")
     if group["fused"] and group["differentiable"]:
@@ -120,9 +118,7 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
             raise ValueError(f"{operation}: parameters must be floating point or complex, but got {tensor.dtype}")
 
 
-def check_momentum_buffers(
-    operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]
-) -> None:
+def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
     """Raise ``ValueError`` for a momentum buffer that does not fit its parameter."""
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):

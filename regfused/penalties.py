@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 _NORM_LAYERS: tuple[type[nn.Module], ...] = (
@@ -65,8 +64,8 @@ def param_groups(
 
     Returns:
         Two groups, the penalized and the others, each with its ``params`` in the model's order. A group without
-        parameters is left out. Biases are parameters whose name ends in ``bias``; normalization layers are torch's, and
-        modules whose class name ends in ``Norm`` or ``Norm1d``, ``Norm2d``, ``Norm3d``.
+        parameters is left out. Biases are parameters whose name starts or ends with ``bias``; normalization layers are
+        torch's, and modules whose class name ends in ``Norm`` or ``Norm1d``, ``Norm2d``, ``Norm3d``.
 
     Raises:
         ValueError: for a pattern in ``skip`` that fits no parameter.
@@ -85,13 +84,15 @@ def param_groups(
     }
     patterns = list(skip)
     unused = set(patterns)
-    penalized, others = [], []
+    penalized: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         unused.difference_update(fitting)
         if not param.requires_grad:
             continue
-        spared = fitting or id(param) in in_norm_layer or name.rpartition(".")[2].endswith("bias")
+        last = name.rpartition(".")[2]
+        spared = fitting or id(param) in in_norm_layer or last.startswith("bias") or last.endswith("bias")
         (others if spared else penalized).append(param)
     if unused:
         raise ValueError(f"param_groups: every pattern in skip must fit a parameter, but {sorted(unused)} fit none")

@@ -60,8 +60,10 @@ class SGD(reference.SGD):
         nonfinite: what happens when ``N`` is not finite: ``"propagate"`` it, as torch does; ``"skip"`` the step, which
             then leaves no trace but a count in `stats`; ``"error"``: RuntimeError before anything changed. The same in
             every group.
-        decoupled_weight_decay: ``p = p*(1 - lr*weight_decay)`` instead of the term in ``d`` (Loshchilov and Hutter 2019).
-        classical_momentum: ``b = momentum*b + lr*d; p = p - b``, as in textbooks and Keras (Polyak 1964). No dampening.
+        decoupled_weight_decay: ``p = p*(1 - lr*weight_decay)`` instead of the term in ``d`` (Loshchilov and Hutter,
+            Decoupled weight decay regularization, 2019).
+        classical_momentum: ``b = momentum*b + lr*d; p = p - b``, as in textbooks and Keras; no dampening
+            (Polyak 1964).
         maximize: ascend instead of descend.
         foreach: True: pure PyTorch, by `regfused.reference`.
         differentiable: True: pure PyTorch, and autograd runs through the step.

@@ -42,15 +42,17 @@ class Sparsity:
         return self.zeros / self.numel if self.numel else 0.0
 
     def __str__(self) -> str:
-        rows = [(p.name, "x".join(map(str, p.shape)) or "()", p.zeros, p.numel, p.fraction) for p in self.parameters]
-        rows.append(("all", "", self.zeros, self.numel, self.fraction))
+        everything = ParameterSparsity("all", (), self.zeros, self.numel)
         cells = [("parameter", "shape", "zeros", "elements", "share")]
-        cells += [(name, shape, f"{zeros:,}", f"{numel:,}", f"{share:.2%}") for name, shape, zeros, numel, share in rows]
+        for p in (*self.parameters, everything):
+            cells.append((p.name, "x".join(map(str, p.shape)), f"{p.zeros:,}", f"{p.numel:,}", f"{p.fraction:.2%}"))
         widths = [max(len(row[column]) for row in cells) for column in range(5)]
-        lines = [
-            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
+        lines = []
+        for row in cells:
+            padded = [
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(padded))
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -11,7 +11,7 @@ import torch
 class Stats(NamedTuple):
     """Of the last step, as 0-dim tensors.
 
-    ``grad_norm``      norm over all parameters of the gradient plus, where it is inside the clip, the penalty's gradient
+    ``grad_norm``      norm over all parameters of the gradient, with the penalty's gradient where that is clipped too
     ``clip_coef``      factor by which the clip scaled it; 0 for a step skipped by ``nonfinite="skip"``
     ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step
     ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, after the step

@@ -166,7 +166,9 @@ def test_rebuilt_from_its_own_configuration(make):
 
 
 @BOTH
-@pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("deepcopy", "pickle"))
+@pytest.mark.parametrize(
+    "duplicate", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("deepcopy", "pickle")
+)
 def test_copies_behave_alike(make, duplicate):
     params = make_params([50, 60])
     optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1, fused=None if make is reference.SGD else True)
@@ -405,8 +407,8 @@ def test_sparse_gradients_as_torch(momentum):
 
 
 def test_parameters_sharing_memory_and_listed_twice():
+    p = torch.nn.Parameter(torch.randn(100_000))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        p = torch.nn.Parameter(torch.randn(100_000))
         optimizer = regfused.SGD([p, p], lr=0.1)
     p.grad = torch.ones_like(p)
     before = p.detach().clone()

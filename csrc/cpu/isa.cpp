@@ -34,8 +34,7 @@ const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     // Each test also asks the operating system whether it saves the registers.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     isas.push_back({"avx2", avx2, avx2::sgd_kernels});

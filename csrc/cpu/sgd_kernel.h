@@ -80,8 +80,8 @@ class Rows {
 };
 
 template <class S, bool kPenalty>
-void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper,
-                const SgdScalars& scalars, SgdPartial& partial) {
+void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
+                SgdPartial& partial) {
   using T = typename Storage<S>::T;
   const SgdGradient<T> gradient(hyper, scalars.grad_scale);
   const SgdNormGradient<T> norm_gradient(hyper);
@@ -101,8 +101,8 @@ void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
 }
 
 template <class S, bool kMomentum, bool kWriteGrad>
-void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper,
-                const SgdScalars& scalars, SgdPartial& partial) {
+void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
+                SgdPartial& partial) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const SgdGradient<T> gradient(hyper, scalars.grad_scale);
@@ -153,14 +153,14 @@ void step_dtype(const SgdTensor& t, const SgdChunk& c, const SgdHyper& h, const 
     (s.write_unscaled_grad ? step_chunk<S, false, true> : step_chunk<S, false, false>)(t, c, h, s, p);
 }
 
-#define REGFUSED_BY_DTYPE(function)                                                             \
+#define REGFUSED_BY_DTYPE(function)                                                                  \
   [](const SgdTensor& t, const SgdChunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) { \
-    switch (t.dtype) {                                                                          \
-      case DType::float32: return function<float>(t, c, h, s, p);                               \
-      case DType::float64: return function<double>(t, c, h, s, p);                              \
-      case DType::bfloat16: return function<BFloat16>(t, c, h, s, p);                           \
-      case DType::float16: return function<Float16>(t, c, h, s, p);                             \
-    }                                                                                           \
+    switch (t.dtype) {                                                                               \
+      case DType::float32: return function<float>(t, c, h, s, p);                                    \
+      case DType::float64: return function<double>(t, c, h, s, p);                                   \
+      case DType::bfloat16: return function<BFloat16>(t, c, h, s, p);                                \
+      case DType::float16: return function<Float16>(t, c, h, s, p);                                  \
+    }                                                                                                \
   }
 
 }  // namespace

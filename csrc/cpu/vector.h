@@ -48,9 +48,7 @@ REGFUSED_RULE Doubles to_float(Doubles x) { return x; }
 struct BFloat16Bits {
   HalfBits bits;
 };
-REGFUSED_RULE Floats to_float(BFloat16Bits x) {
-  return (Floats)(__builtin_convertvector(x.bits, FloatBits) << 16);
-}
+REGFUSED_RULE Floats to_float(BFloat16Bits x) { return (Floats)(__builtin_convertvector(x.bits, FloatBits) << 16); }
 REGFUSED_RULE void from_float(Floats x, BFloat16Bits& out) {
   FloatBits bits = (FloatBits)x;
   FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -105,19 +103,11 @@ REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
 
 // The lower and the upper half of a float vector as doubles.
 #if REGFUSED_VECTOR_BYTES == 64
-REGFUSED_RULE Doubles widen_low(Floats x) {
-  return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
-}
-REGFUSED_RULE Doubles widen_high(Floats x) {
-  return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
-}
+REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
 #elif REGFUSED_VECTOR_BYTES == 32
-REGFUSED_RULE Doubles widen_low(Floats x) {
-  return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
-}
-REGFUSED_RULE Doubles widen_high(Floats x) {
-  return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
-}
+REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 #else
 REGFUSED_RULE Doubles widen_low(Floats x) { return Doubles{double(x[0]), double(x[1])}; }
 REGFUSED_RULE Doubles widen_high(Floats x) { return Doubles{double(x[2]), double(x[3])}; }

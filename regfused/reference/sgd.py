@@ -39,8 +39,8 @@ def collect(pairs: Iterable[tuple[Group, Tensor]], grad_scale: float | None, ope
         if param.grad.layout != torch.strided:
             if not options.group_allows_sparse(group) or grad_scale is not None:
                 raise RuntimeError(
-                    f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
-                    f"fused=True demand dense gradients, but a parameter of shape {tuple(param.shape)} has a gradient "
+                    f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable "
+                    f"and fused=True demand dense gradients, but one of shape {tuple(param.shape)} has a gradient "
                     f"of layout {param.grad.layout}"
                 )
             grad = -param.grad if group["maximize"] else param.grad
@@ -259,7 +259,7 @@ class SGD(torch.optim.SGD):
     # --- Configuration and state ------------------------------------------------------------------
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """torch.amp.GradScaler asks: with ``fused=True`` the step itself unscales, and skips on overflow."""
         return bool(self.defaults["fused"])
 
@@ -298,7 +298,7 @@ class SGD(torch.optim.SGD):
 
     # --- The step ---------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; see the class for the formula.
 
         Args:
@@ -358,9 +358,7 @@ def judge(group: Group, grad_norm: float, operation: str) -> float | None:
         if group["nonfinite"] == "skip":
             return None
         if group["nonfinite"] == "error":
-            raise RuntimeError(
-                f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {grad_norm}"
-            )
+            raise RuntimeError(f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {grad_norm}")
     return clip_coefficient(group["max_norm"], grad_norm)
 
 

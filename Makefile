@@ -1,0 +1,64 @@
+# Two commands are all that a newcomer needs: make demo, make test. Both set up what they need in $(VENV).
+#
+#   make demo DATA=file.csv      your own numbers: numeric columns, the last one is the target
+#   make test TORCH=torch==2.14.1 VENV=.venv-2.14   another torch, in an environment of its own
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+DATA   ?=
+OUT    ?= out
+
+BIN := $(VENV)/bin
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help demo test bench build lint format clean
+
+help:
+	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
+	@echo "make test     build and run all tests"
+	@echo "make bench    measure against torch.optim; result files in benchmarks/results/"
+	@echo "make lint     ruff, clang-format, mypy"
+	@echo "make clean    remove what was built and $(VENV)"
+
+demo: build
+	$(BIN)/python examples/demo.py --out $(OUT)/demo.png $(if $(DATA),--data "$(DATA)")
+
+test: build
+	@echo "== tests"
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: build
+	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
+
+build: $(VENV)/installed
+	@echo "== compile (about a minute the first time)"
+	$(BIN)/python setup.py build_ext --inplace
+
+# torch comes first: regfused is compiled against the one that is installed.
+$(VENV)/installed: pyproject.toml
+	@echo "== set up $(VENV): $(TORCH) and what tests, demo and benchmark need"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
+	@echo "== install regfused (compiles it: about a minute)"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e ".[test]"
+	@touch $@
+
+lint: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LINTERS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/mypy regfused
+
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
+
+format: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LINTERS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build regfused/*.so *.egg-info $(VENV) $(OUT)

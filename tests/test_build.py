@@ -1,0 +1,107 @@
+"""The compiled part: what it exports, how it is missed, which runtimes it brings."""
+
+import doctest
+import glob
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import regfused
+from regfused import extension
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+
+
+def test_the_compiled_part_is_in_use():
+    info = regfused.build_info()
+    assert info["compiled"] is True, "make builds it; without it these tests prove little"
+    assert info["built for torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["isa"] in info["isas"]
+
+
+def test_python_m_regfused():
+    run = subprocess.run([sys.executable, "-m", "regfused"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "built for torch" in run.stdout and "isa" in run.stdout
+
+
+def test_without_the_compiled_part():
+    run = _python("""
+import sys, warnings
+sys.modules["regfused._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import regfused, torch
+    p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+    for _ in range(2):
+        regfused.SGD([p], lr=0.5, momentum=0.9, max_norm=1e9).step()
+assert torch.allclose(p, torch.zeros(3)), p
+assert str(regfused.build_info()["compiled"]).startswith("no: it cannot be imported")
+print(len([w for w in caught if "regfused runs in pure PyTorch" in str(w.message)]))
+try:
+    regfused.SGD([p], fused=True)
+except RuntimeError as error:
+    print(error)
+""")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0] == "1"
+    assert "fused=True demands the compiled part of regfused, but it cannot be imported" in run.stdout
+
+
+def test_built_for_another_torch():
+    run = _python("""
+import torch
+torch.__version__ = "9.9.9"
+import regfused
+print(regfused.build_info()["compiled"])
+""")
+    assert run.returncode == 0, run.stderr
+    assert "it was built for torch" in run.stdout and "and this is torch 9.9.9" in run.stdout
+    assert "regfused runs in pure PyTorch" in run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
+def test_one_openmp_runtime():
+    run = _python("""
+import torch, regfused
+p = torch.nn.Parameter(torch.ones(300_000)); p.grad = torch.ones_like(p)
+regfused.SGD([p], lr=0.5).step()
+print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split()[-1].rpartition("/")[2]}))
+""")
+    assert run.returncode == 0, run.stderr
+    runtimes = [path for path in eval(run.stdout) if "lib" in path]
+    assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("isa", ("plain", "avx2", "avx512"))
+def test_kernels_leave_no_code_for_the_linker_to_share(isa):
+    # A weak symbol of an AVX-512 object may become the copy that every other file calls.
+    objects = glob.glob(str(Path(__file__).parents[1] / "build" / "*" / "csrc" / "cpu" / f"isa_{isa}.o"))
+    if not objects:
+        pytest.skip("no object files: not a build from this checkout")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
+        shared = [line for line in symbols if line.split()[-2 if line.startswith(" ") else 1 :][0] in "VWu"]
+        assert not [s for s in shared if f"regfused::{isa}::" not in s], shared
+
+
+@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.penalties", "regfused.sparsity"))
+def test_examples_in_docstrings(module):
+    loaded = importlib.import_module(module)
+    result = doctest.testmod(loaded, extraglobs={"regfused": regfused, "torch": torch})
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_extension_is_checked_once():
+    assert extension.why_missing == ""
