@@ -13,8 +13,6 @@ struct ElasticNetValue {
 
   ElasticNetValue(double l1, double l2) : l1(T(l1)), l2(T(l2)) {}
 
-  REGFUSED_RULE bool is_zero() const { return l1 == 0 && l2 == 0; }
-
   template <class V>
   REGFUSED_RULE V operator()(V p) const {
     return l1 * (p > 0 ? p : -p) + l2 * (p * p);

@@ -1,4 +1,8 @@
 // Every kernel, compiled for what any machine of this architecture has.
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

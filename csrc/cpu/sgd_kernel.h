@@ -36,6 +36,22 @@ struct NormLanes {
   }
 };
 
+// A sum of small numbers for the record: each row in the type of arithmetic, the rows in doubles.
+struct RowSum {
+  Doubles sums[2] = {};
+
+  REGFUSED_RULE void add(Floats row) {
+    sums[0] += widen_low(row);
+    sums[1] += widen_high(row);
+  }
+  REGFUSED_RULE void add(Doubles row) { sums[0] += row; }
+  REGFUSED_RULE double total() const {
+    double total = 0;
+    for (int j = 0; j < kDoubles; ++j) total += sums[0][j] + sums[1][j];
+    return total;
+  }
+};
+
 template <int I>
 using Position = std::integral_constant<int, I>;
 
@@ -109,14 +125,17 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
   const SgdNormGradient<T> norm_gradient(hyper);
   const SgdRule<T> rule(hyper, scalars.clip_coef, tensor.first);
   const ElasticNetValue<T> penalty_value(hyper.l1, hyper.l2);
+  const bool has_penalty = hyper.l1 != 0 || hyper.l2 != 0;
   Rows<S> grads(tensor.grad, chunk), params(tensor.param, chunk), buffers(tensor.momentum_buffer, chunk);
-  NormLanes norm(scalars.norm_type), penalty(NormType::one);
+  NormLanes norm(scalars.norm_type);
+  RowSum penalty;
   decltype(V{} == V{}) zeros{};
   const int64_t n = chunk.size;
   for (int64_t i = 0; i < n; i += kLanes) {
     S* __restrict grad = grads.row(i, n);
     S* __restrict param = params.row(i, n);
     S* __restrict buffer = kMomentum ? buffers.row(i, n) : nullptr;
+    V row_penalty{};
     for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
       V g = load(grad + at);
       V p = load(param + at);
@@ -124,12 +143,13 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
       if constexpr (kWriteGrad) store(grad + at, gradient.unscaled(g));
       g = gradient(g);
       if (scalars.measure_norm) norm.template add<position.value>(norm_gradient(g, p));
-      if (!penalty_value.is_zero()) penalty.template add<position.value>(penalty_value(p));
+      if (has_penalty) row_penalty += penalty_value(p);
       rule.template operator()<kMomentum>(p, g, b);
       store(param + at, p);
       if constexpr (kMomentum) store(buffer + at, b);
       zeros -= (p <= Storage<S>::kStoredAsZero) & (p >= -Storage<S>::kStoredAsZero);
     });
+    if (has_penalty) penalty.add(row_penalty);
     if constexpr (kWriteGrad) grads.write_back(i, n);
     params.write_back(i, n);
     if constexpr (kMomentum) buffers.write_back(i, n);

@@ -40,20 +40,61 @@ using HalfBits = Vector<uint16_t, kFloats>;
 using FloatBits = Vector<uint32_t, kFloats>;
 
 // --- Conversions ------------------------------------------------------------------------------
+//
+// With intrinsics where the compiler makes many instructions of __builtin_convertvector.
+
+// 16 bits to 32, and back: the upper 16 bits must be zero.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE FloatBits widen_bits(HalfBits x) { return (FloatBits)_mm512_cvtepu16_epi32((__m256i)x); }
+REGFUSED_RULE HalfBits narrow_bits(FloatBits x) { return (HalfBits)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE FloatBits widen_bits(HalfBits x) { return (FloatBits)_mm256_cvtepu16_epi32((__m128i)x); }
+REGFUSED_RULE HalfBits narrow_bits(FloatBits x) {
+  return (HalfBits)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+#elif defined(__SSE2__)
+REGFUSED_RULE FloatBits widen_bits(HalfBits x) {
+  return (FloatBits)_mm_unpacklo_epi16(_mm_cvtsi64_si128((long long)x), _mm_setzero_si128());
+}
+REGFUSED_RULE HalfBits narrow_bits(FloatBits x) {
+  const __m128i sign_extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);
+  return (HalfBits)_mm_cvtsi128_si64(_mm_packs_epi32(sign_extended, sign_extended));
+}
+#else
+REGFUSED_RULE FloatBits widen_bits(HalfBits x) { return __builtin_convertvector(x, FloatBits); }
+REGFUSED_RULE HalfBits narrow_bits(FloatBits x) { return __builtin_convertvector(x, HalfBits); }
+#endif
+
+// The lower and the upper half of a float vector as doubles.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
+#elif defined(__SSE2__)
+REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm_cvtps_pd((__m128)x); }
+REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x)); }
+#else
+REGFUSED_RULE Doubles widen_low(Floats x) { return Doubles{double(x[0]), double(x[1])}; }
+REGFUSED_RULE Doubles widen_high(Floats x) { return Doubles{double(x[2]), double(x[3])}; }
+#endif
 
 REGFUSED_RULE Floats to_float(Floats x) { return x; }
 REGFUSED_RULE Doubles to_float(Doubles x) { return x; }
+REGFUSED_RULE void from_float(Floats x, Floats& out) { out = x; }
+REGFUSED_RULE void from_float(Doubles x, Doubles& out) { out = x; }
 
 // bfloat16 is the upper half of a float; rounded to nearest, ties to even, NaN kept.
 struct BFloat16Bits {
   HalfBits bits;
 };
-REGFUSED_RULE Floats to_float(BFloat16Bits x) { return (Floats)(__builtin_convertvector(x.bits, FloatBits) << 16); }
+REGFUSED_RULE Floats to_float(BFloat16Bits x) { return (Floats)(widen_bits(x.bits) << 16); }
 REGFUSED_RULE void from_float(Floats x, BFloat16Bits& out) {
   FloatBits bits = (FloatBits)x;
   FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   FloatBits quiet_nan = (bits >> 16) | 0x40;
-  out.bits = __builtin_convertvector(x != x ? quiet_nan : rounded, HalfBits);
+  out.bits = narrow_bits(x != x ? quiet_nan : rounded);
 }
 
 struct Float16Bits {
@@ -72,7 +113,7 @@ REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
 #else
 // IEEE half without hardware: integer arithmetic, to nearest, ties to even.
 REGFUSED_RULE Floats to_float(Float16Bits x) {
-  FloatBits half = __builtin_convertvector(x.bits, FloatBits);
+  FloatBits half = widen_bits(x.bits);
   FloatBits sign = (half & 0x8000) << 16;
   FloatBits rest = half & 0x7fff;
   FloatBits normal = (rest << 13) + (112u << 23);
@@ -97,20 +138,8 @@ REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
   FloatBits half = rest < (113u << 23) ? subnormal : normal;
   half = rest >= 0x477ff000 ? infinity : half;  // 65520 and above round to infinity
   half = rest > 0x7f800000 ? nan : half;
-  out.bits = __builtin_convertvector(half | sign, HalfBits);
+  out.bits = narrow_bits(half | sign);
 }
-#endif
-
-// The lower and the upper half of a float vector as doubles.
-#if REGFUSED_VECTOR_BYTES == 64
-REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
-REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
-#elif REGFUSED_VECTOR_BYTES == 32
-REGFUSED_RULE Doubles widen_low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
-REGFUSED_RULE Doubles widen_high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
-#else
-REGFUSED_RULE Doubles widen_low(Floats x) { return Doubles{double(x[0]), double(x[1])}; }
-REGFUSED_RULE Doubles widen_high(Floats x) { return Doubles{double(x[2]), double(x[3])}; }
 #endif
 
 // --- Storage types ----------------------------------------------------------------------------
@@ -148,9 +177,6 @@ struct Storage<Float16> {
   using Bits = Float16Bits;
   static constexpr float kStoredAsZero = 0x1p-25f;
 };
-
-REGFUSED_RULE void from_float(Floats x, Floats& out) { out = x; }
-REGFUSED_RULE void from_float(Doubles x, Doubles& out) { out = x; }
 
 template <class S>
 REGFUSED_RULE typename Storage<S>::V load(const S* from) {
