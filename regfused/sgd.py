@@ -53,7 +53,8 @@ class SGD(reference.SGD):
         l2: strength of ``sum(p^2)``, >= 0. Per group.
         proximal: ``l1`` and ``l2`` leave ``h``; after the update
             ``p = sign(p)*max(|p| - lr*l1, 0) / (1 + 2*lr*l2)``, which makes exact zeros (soft thresholding, ISTA:
-            Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014).
+            Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014). Momentum does not amplify it:
+            an ``l1`` in the loss acts, in the long run, as ``l1 / (1 - momentum)`` does here.
         max_norm: clip the global norm ``N`` to it, >= 0, or None. The same in every group.
         norm_type: of ``N``. 1, 2 and inf run fused, others through the reference. The same in every group.
         penalty_in_clip: False: ``N`` and ``c`` see ``g'`` alone; the penalty's gradient is added after the clip.
