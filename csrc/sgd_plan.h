@@ -5,7 +5,6 @@
 // pass reads, and the update commits fresh state and then runs what cannot fail.
 #pragma once
 
-#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/sgd_drive.h"
+#include "sgd_group.h"
 
 namespace regfused {
 
@@ -57,21 +57,6 @@ class SgdPlan {
   int64_t skipped = 0;
 
  private:
-  static constexpr int kOptions = 18;
-  enum class Nonfinite { propagate, skip, error };
-
-  struct Group {
-    py::object dict;
-    py::object params;                      // the list in dict["params"]
-    std::array<py::object, kOptions> read;  // values that `hyper` was made of
-    bool reread = true;                     // one of them is a tensor: its value may change
-    double max_norm = 0;
-    double norm_type = 2;
-    bool clips = false;
-    bool kernels = true;    // fused is not False, neither foreach nor differentiable
-    bool demanded = false;  // fused=True
-    Nonfinite nonfinite = Nonfinite::propagate;
-  };
   struct Param {
     py::object object;
     py::object buffer;  // its momentum buffer, or null
@@ -80,9 +65,10 @@ class SgdPlan {
     int32_t row = -1;          // in driver_.tensors, or -1: left to the reference
     c10::DispatchKeySet keys;  // as they were when the parameter was found eligible
     at::ScalarType dtype = at::kFloat;
-    std::vector<int64_t> strides;
-    bool relay_buffer = false;  // the buffer pairs other elements: to be copied into the parameter's layout
+    std::vector<int64_t> strides;  // empty: contiguous
+    bool relay_buffer = false;     // the buffer pairs other elements: to be copied into the parameter's layout
     void* buffer_memory = nullptr;
+    c10::DispatchKeySet buffer_keys;
   };
   struct StateEntry {
     py::object key, value, buffer;
@@ -95,31 +81,40 @@ class SgdPlan {
     bool fresh_entry = false;
   };
 
+  // What is known: sgd_plan.cpp.
   bool is_known(const py::list& param_groups, const py::dict& state) const;
   void build(const py::list& param_groups, const py::dict& state);
-  void remember_state(const py::dict& state);
-  bool read_options(Group& group, SgdHyper& hyper);
-  bool read_all_options();
-  bool collect_tensors();
+  void list_params();
+  void plan_rows();
+  void plan_row(Param& param, PyObject* buffer);
+  void remember_state();
+  bool read_options();
+  [[noreturn]] void complain() const;
+  void forget();
+
+  // One step: sgd_plan_step.cpp.
+  std::string name_of(const Param& param) const;
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
   bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
-  std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
+  bool collect();
   bool collect_usual(size_t p);
+  bool collect_closely(size_t p);
+  std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
   void collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad);
   void collect_buffer(size_t p, const at::Tensor& tensor);
   double norm_pass();
   bool update_pass(double norm);
+  bool judge(double norm);
   [[noreturn]] void raise_nonfinite(double norm) const;
   void commit();
+  void commit_buffer(Pending& pending);
   void roll_back(size_t count);
+  void bump_versions();
   void end_step();
-  std::string name_of(const Param& param) const;
-  [[noreturn]] void complain() const;
-  void forget();
 
   py::function check_;
   py::object param_groups_, state_;
-  std::vector<Group> groups_;
+  std::vector<SgdGroup> groups_;
   std::vector<Param> params_;
   std::vector<StateEntry> entries_;
   SgdDriver driver_;

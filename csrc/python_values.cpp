@@ -1,0 +1,53 @@
+// Reading Python objects: dictionary entries, numbers, and whether a tensor is a plain one.
+#include "python_values.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <vector>
+
+namespace regfused {
+
+namespace py = pybind11;
+
+PyObject* interned(const char* text) {
+  PyObject* string = PyUnicode_InternFromString(text);
+  if (!string) throw py::error_already_set();
+  return string;
+}
+
+PyObject* lookup(PyObject* dict, PyObject* name) {
+  PyObject* value = PyDict_GetItemWithError(dict, name);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+double number(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    return tensor.numel() == 1 && !tensor.is_complex() ? tensor.item().toDouble() : NAN;
+  }
+  const double result = PyFloat_AsDouble(value);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return NAN;
+  }
+  return result;
+}
+
+bool is_plain(PyObject* tensor) {
+  static const auto* const plain = [] {
+    auto* types = new std::vector<py::object>;  // outlives the interpreter's end
+    types->push_back(py::module_::import("torch").attr("Tensor"));
+    types->push_back(py::module_::import("torch.nn").attr("Parameter"));
+    types->push_back(py::module_::import("torch.nn").attr("Buffer"));
+    return types;
+  }();
+  for (const py::object& type : *plain)
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == type.ptr()) return true;
+  return false;
+}
+
+}  // namespace regfused

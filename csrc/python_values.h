@@ -1,0 +1,20 @@
+// Reading Python objects: dictionary entries, numbers, and whether a tensor is a plain one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace regfused {
+
+// An interned string, which dictionaries find by identity. Never freed.
+PyObject* interned(const char* text);
+
+// dict[name] as a borrowed reference, or nullptr. Raises what the lookup raises.
+PyObject* lookup(PyObject* dict, PyObject* name);
+
+// A number or a 1-element tensor as a double; NaN where it is neither, so that every check fails.
+double number(PyObject* value);
+
+// Whether a tensor's class is torch.Tensor, Parameter or Buffer: another may mean something by itself.
+bool is_plain(PyObject* tensor);
+
+}  // namespace regfused

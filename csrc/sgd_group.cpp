@@ -1,0 +1,133 @@
+// A parameter group as Python holds it: its options, read again each step.
+#include "sgd_group.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+
+#include "python_values.h"
+
+namespace regfused {
+
+namespace py = pybind11;
+
+namespace {
+
+enum Option {
+  kLr,
+  kMomentum,
+  kDampening,
+  kWeightDecay,
+  kL1,
+  kL2,
+  kMaxNorm,
+  kNormType,
+  kNonfinite,
+  // True or False.
+  kNesterov,
+  kMaximize,
+  kProximal,
+  kPenaltyInClip,
+  kDecoupledWeightDecay,
+  kClassicalMomentum,
+  kDifferentiable,
+  // True, False or None.
+  kFused,
+  kForeach,
+  kCount
+};
+
+PyObject* key_of(int option) {
+  static const std::array<PyObject*, kCount> keys = {interned("lr"),
+                                                     interned("momentum"),
+                                                     interned("dampening"),
+                                                     interned("weight_decay"),
+                                                     interned("l1"),
+                                                     interned("l2"),
+                                                     interned("max_norm"),
+                                                     interned("norm_type"),
+                                                     interned("nonfinite"),
+                                                     interned("nesterov"),
+                                                     interned("maximize"),
+                                                     interned("proximal"),
+                                                     interned("penalty_in_clip"),
+                                                     interned("decoupled_weight_decay"),
+                                                     interned("classical_momentum"),
+                                                     interned("differentiable"),
+                                                     interned("fused"),
+                                                     interned("foreach")};
+  return keys[option];
+}
+
+bool is_text(PyObject* value, const char* text) {
+  return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
+}
+
+bool is_strength(double x) { return std::isfinite(x) && x >= 0; }
+
+bool is_on(PyObject* value) { return value != Py_None && PyObject_IsTrue(value) == 1; }
+
+}  // namespace
+
+SgdGroup::Read SgdGroup::read() {
+  static_assert(kCount == kOptions);
+  std::array<PyObject*, kCount> value;
+  bool changed = reread_;
+  for (int option = 0; option < kCount; ++option) {
+    value[option] = lookup(dict.ptr(), key_of(option));
+    if (!value[option]) return Read::odd;
+    changed |= value[option] != values_[option].ptr();
+  }
+  if (!changed) return Read::same;
+
+  reread_ = true;
+  hyper.lr = number(value[kLr]);
+  hyper.momentum = number(value[kMomentum]);
+  hyper.dampening = number(value[kDampening]);
+  hyper.weight_decay = number(value[kWeightDecay]);
+  hyper.l1 = number(value[kL1]);
+  hyper.l2 = number(value[kL2]);
+  for (double strength : {hyper.lr, hyper.momentum, hyper.weight_decay, hyper.l1, hyper.l2})
+    if (!is_strength(strength)) return Read::odd;
+  if (!std::isfinite(hyper.dampening)) return Read::odd;
+
+  clips = value[kMaxNorm] != Py_None;
+  max_norm = clips ? number(value[kMaxNorm]) : 0;
+  norm_type = number(value[kNormType]);
+  if (!(max_norm >= 0) || std::isnan(norm_type)) return Read::odd;
+  if (is_text(value[kNonfinite], "propagate"))
+    nonfinite = Nonfinite::propagate;
+  else if (is_text(value[kNonfinite], "skip"))
+    nonfinite = Nonfinite::skip;
+  else if (is_text(value[kNonfinite], "error"))
+    nonfinite = Nonfinite::error;
+  else
+    return Read::odd;
+
+  for (int option = kNesterov; option < kCount; ++option)  // True and False are integers
+    if (!PyLong_Check(value[option]) && !(option >= kFused && value[option] == Py_None)) return Read::odd;
+  hyper.nesterov = is_on(value[kNesterov]);
+  hyper.maximize = is_on(value[kMaximize]);
+  hyper.proximal = is_on(value[kProximal]);
+  hyper.penalty_in_clip = is_on(value[kPenaltyInClip]);
+  hyper.decoupled_weight_decay = is_on(value[kDecoupledWeightDecay]);
+  hyper.classical_momentum = is_on(value[kClassicalMomentum]);
+  demanded = is_on(value[kFused]);
+  kernels = (demanded || value[kFused] == Py_None) && !is_on(value[kForeach]) && !is_on(value[kDifferentiable]);
+
+  reread_ = false;
+  for (int option = 0; option < kCount; ++option) {
+    values_[option] = py::reinterpret_borrow<py::object>(value[option]);
+    reread_ |= THPVariable_Check(value[option]);
+  }
+  return Read::changed;
+}
+
+int SgdGroup::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(dict.ptr());
+  Py_VISIT(params.ptr());
+  for (const py::object& value : values_) Py_VISIT(value.ptr());
+  return 0;
+}
+
+}  // namespace regfused

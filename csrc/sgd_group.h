@@ -1,0 +1,45 @@
+// A parameter group as Python holds it: its options, read again each step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+
+#include "sgd_rule.h"
+
+namespace regfused {
+
+struct SgdGroup {
+  enum class Nonfinite { propagate, skip, error };
+  // odd: an option is not as it must be; Python's check knows the message.
+  enum class Read { same, changed, odd };
+
+  pybind11::object dict;
+  pybind11::object params;  // the list in dict["params"]
+
+  SgdHyper hyper;
+  bool clips = false;
+  double max_norm = 0;
+  double norm_type = 2;
+  Nonfinite nonfinite = Nonfinite::propagate;
+  bool kernels = true;    // fused is not False, neither foreach nor differentiable
+  bool demanded = false;  // fused=True
+
+  // Reads the options, unless they are the very objects of the last time.
+  Read read();
+
+  // Whether both agree on what is one value for the whole optimizer.
+  bool agrees(const SgdGroup& other) const {
+    return clips == other.clips && max_norm == other.max_norm && norm_type == other.norm_type &&
+           nonfinite == other.nonfinite;
+  }
+
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  static constexpr int kOptions = 18;
+  std::array<pybind11::object, kOptions> values_;
+  bool reread_ = true;  // one of them is a tensor, whose value may change, or was refused
+};
+
+}  // namespace regfused

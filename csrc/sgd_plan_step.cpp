@@ -1,0 +1,355 @@
+// One step of a plan: collect, norm, update, commit. See sgd_plan.h.
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+#include <cmath>
+#include <utility>
+
+#include "cpu/parallel.h"
+#include "python_values.h"
+#include "sgd_check.h"
+#include "sgd_plan.h"
+
+namespace regfused {
+
+namespace {
+
+// Fewer tensors than this are looked at faster by one thread.
+constexpr int64_t kTensorsPerThread = 128;
+
+const at::Tensor& tensor_of(const py::object& object) { return THPVariable_Unpack(object.ptr()); }
+
+// Not Tensor::grad(), which warns where the tensor is no leaf.
+const at::Tensor& grad_of(const at::Tensor& tensor) { return std::as_const(*tensor.unsafeGetTensorImpl()).grad(); }
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = interned("momentum_buffer");
+  return key;
+}
+
+// Autograd, and anybody who saved the tensor for backward, must see that it changed.
+void bump_version(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+// One thread at a time: a second one would find half a step.
+class Entered {
+ public:
+  explicit Entered(bool& busy) : busy_(busy) {
+    TORCH_CHECK(!busy, "regfused.SGD.step: one step at a time, but another thread is inside a step of this optimizer");
+    busy_ = true;
+  }
+  ~Entered() { busy_ = false; }
+
+ private:
+  bool& busy_;
+};
+
+}  // namespace
+
+bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf) {
+  Entered entered(busy_);
+  if (!found_inf.is_none() && number(found_inf.ptr()) != 0) {
+    ++skipped;
+    return true;
+  }
+  c10::AutoGradMode no_grad(false);
+  if (!is_known(param_groups, state) || !read_options()) build(param_groups, state);
+  scalars_.write_unscaled_grad = !grad_scale.is_none();
+  scalars_.grad_scale = grad_scale.is_none() ? 1 : number(grad_scale.ptr());
+  if (!collect()) {
+    build(param_groups, state);
+    TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
+  }
+  if (!leftover.empty()) return false;
+  update_pass(needs_norm() ? norm_pass() : 0);
+  return true;
+}
+
+double SgdPlan::norm() {
+  Entered entered(busy_);
+  return norm_pass();
+}
+
+bool SgdPlan::update(double norm) {
+  Entered entered(busy_);
+  c10::AutoGradMode no_grad(false);
+  return update_pass(norm);
+}
+
+void SgdPlan::count(double norm, double more_penalty, int64_t more_zeros, int64_t more_numel) {
+  grad_norm = norm;
+  penalty += more_penalty;
+  zeros += more_zeros;
+  numel += more_numel;
+}
+
+double SgdPlan::norm_pass() {
+  py::gil_scoped_release others_may_run;
+  return norm_finish(scalars_.norm_type, driver_.norm(scalars_));
+}
+
+// --- Collect: everything is checked, nothing is changed ------------------------------------------
+
+std::string SgdPlan::name_of(const Param& param) const {
+  std::string name = c10::str("parameter ", param.index, " of group ", param.group);
+  PyObject* names = PyDict_GetItemString(groups_[param.group].dict.ptr(), "param_names");
+  if (names && PyList_Check(names) && param.index < PyList_GET_SIZE(names))
+    name += c10::str(" (", py::str(PyList_GET_ITEM(names, param.index)).cast<std::string>(), ")");
+  return name;
+}
+
+// Cheap: whether the parameter is what it was when it was found eligible.
+bool SgdPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
+  const SgdTensor& row = driver_.tensors[param.row];
+  if (tensor.data_ptr() != row.param || tensor.numel() != row.numel || tensor.scalar_type() != param.dtype ||
+      tensor.key_set() != param.keys)
+    return false;
+  return param.strides.empty() ? tensor.is_contiguous() : tensor.strides() == at::IntArrayRef(param.strides);
+}
+
+// Cheap: whether the buffer is the one that was found to fit, with the same memory.
+bool SgdPlan::is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const {
+  const at::Tensor& buffer = tensor_of(param.buffer);
+  return buffer.key_set() == param.buffer_keys && buffer.scalar_type() == param.dtype &&
+         buffer.data_ptr() == param.buffer_memory && buffer.sizes() == tensor.sizes() &&
+         same_layout(buffer, tensor) != param.relay_buffer;
+}
+
+// Gradients and buffers of this step. False where a tensor is not the one that was planned for.
+bool SgdPlan::collect() {
+  end_step();
+  if (!leftover.empty()) leftover = py::list();
+  grads_.resize(params_.size());
+  std::atomic<bool> usual = true;
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end && usual; ++p)
+      if (!collect_usual(p)) usual = false;
+  });
+  if (usual) return true;
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (!collect_closely(p)) return false;
+  return true;
+}
+
+// The usual case, which needs no word to Python and no memory: a plain gradient in the layout of
+// its parameter, and a momentum buffer that is there. False: to be looked at closely.
+bool SgdPlan::collect_usual(size_t p) {
+  const Param& param = params_[p];
+  const at::Tensor& tensor = tensor_of(param.object);
+  const at::Tensor& grad = grad_of(tensor);
+  if (param.row < 0) return !grad.defined();
+  SgdTensor& row = driver_.tensors[param.row];
+  row.grad = nullptr;
+  if (!grad.defined()) return true;
+  if (!is_unchanged(param, tensor) || grad.key_set() != param.keys || grad.scalar_type() != param.dtype ||
+      !same_layout(grad, tensor))
+    return false;
+  row.first = false;
+  row.momentum_buffer = nullptr;
+  if (driver_.groups[param.group].momentum != 0) {
+    if (!param.buffer || param.relay_buffer || !is_unchanged_buffer(param, tensor)) return false;
+    row.momentum_buffer = param.buffer_memory;
+  }
+  row.grad = grad.data_ptr();
+  grads_[p] = grad;
+  return true;
+}
+
+bool SgdPlan::collect_closely(size_t p) {
+  const Param& param = params_[p];
+  const at::Tensor& tensor = tensor_of(param.object);
+  const at::Tensor& grad = grad_of(tensor);
+  if (param.row >= 0) driver_.tensors[param.row].grad = nullptr;
+  if (!grad.defined()) return true;
+  if (param.row >= 0 && !is_unchanged(param, tensor)) return false;
+  const std::string why = why_left(param, tensor, grad);
+  if (!why.empty()) {
+    TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: fused=True demands dense, strided float32, ",
+                "float64, bfloat16 or float16 tensors on the CPU that share no memory, but ", name_of(param), " ", why);
+    leftover.append(py::make_tuple(param.group, param.object));
+    return true;
+  }
+  collect_gradient(p, tensor, grad);
+  SgdTensor& row = driver_.tensors[param.row];
+  row.first = false;
+  row.momentum_buffer = nullptr;
+  if (driver_.groups[param.group].momentum == 0) return true;
+  if (param.buffer && !is_unchanged_buffer(param, tensor)) return false;
+  collect_buffer(p, tensor);
+  return true;
+}
+
+// Why the reference has to step this tensor, or an empty string. Raises for gradients that fit nowhere.
+std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const {
+  if (param.row < 0) {
+    std::string why = why_not_fused(tensor);
+    if (!why.empty()) return why;
+    return is_plain(param.object.ptr()) ? "is not for the kernels" : "is a tensor subclass";
+  }
+  if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.sizes() == tensor.sizes()) return "";
+  TORCH_CHECK(grad.device() == tensor.device(),
+              "regfused.SGD.step: a gradient must be on the device of its parameter, ", "but ", name_of(param),
+              " is on ", tensor.device(), " and its gradient on ", grad.device());
+  TORCH_CHECK(grad.sizes() == tensor.sizes(),
+              "regfused.SGD.step: a gradient must have the shape of its parameter, but ", name_of(param), " has ",
+              tensor.sizes(), " and its gradient ", grad.sizes());
+  if (grad.layout() != at::kStrided) return c10::str("has a gradient of layout ", grad.layout());
+  if (grad.unsafeGetTensorImpl()->is_python_dispatch()) return "has a gradient that is a tensor subclass";
+  if (grad.scalar_type() != param.dtype) return c10::str("has a gradient of dtype ", grad.scalar_type());
+  return "";
+}
+
+// A gradient that pairs other elements than its parameter is brought into the parameter's layout.
+void SgdPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad) {
+  grads_[p] = grad;
+  if (!same_layout(grad, tensor) || grad.is_neg()) {
+    grads_[p] = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+    grads_[p].copy_(grad);
+    relaid_grads_.emplace_back(grad, grads_[p]);
+  }
+  driver_.tensors[params_[p].row].grad = grads_[p].data_ptr();
+}
+
+// The momentum buffer of one parameter; a missing one is allocated, not yet committed.
+void SgdPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
+  const Param& param = params_[p];
+  SgdTensor& row = driver_.tensors[param.row];
+  row.first = !param.buffer;
+  if (param.buffer && !param.relay_buffer) {
+    row.momentum_buffer = param.buffer_memory;
+    return;
+  }
+  at::Tensor buffer = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+  if (param.buffer)
+    buffer.copy_(tensor_of(param.buffer));
+  else
+    buffer.zero_();
+  row.momentum_buffer = buffer.data_ptr();
+  pending_.push_back({p, std::move(buffer)});
+}
+
+// --- Update ------------------------------------------------------------------------------------------
+
+bool SgdPlan::update_pass(double norm) {
+  if (!judge(norm)) {
+    end_step();
+    return false;
+  }
+  commit();
+
+  // From here on nothing raises.
+  SgdTotals totals;
+  {
+    py::gil_scoped_release others_may_run;
+    totals = driver_.step(scalars_);
+  }
+  if (scalars_.write_unscaled_grad)
+    for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
+  bump_versions();
+  grad_norm = needs_norm() ? norm : norm_finish(scalars_.norm_type, totals.norm);
+  clip_coef = scalars_.clip_coef;
+  penalty = totals.penalty;
+  zeros = totals.zeros;
+  numel = totals.numel;
+  end_step();
+  return true;
+}
+
+// The clip coefficient of this norm. False where the step is to be skipped.
+bool SgdPlan::judge(double norm) {
+  scalars_.clip_coef = 1;
+  scalars_.measure_norm = !needs_norm();
+  if (!needs_norm()) return true;
+  const SgdGroup& group = groups_.front();
+  if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::error) raise_nonfinite(norm);
+  if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::skip) {
+    grad_norm = norm;
+    clip_coef = 0;
+    ++skipped;
+    return false;
+  }
+  if (group.clips) scalars_.clip_coef = clip_coefficient(group.max_norm, norm);
+  return true;
+}
+
+void SgdPlan::raise_nonfinite(double norm) const {
+  const int64_t row = driver_.first_nonfinite();
+  std::string where;
+  for (const Param& param : params_)
+    if (row >= 0 && param.row == row) where = "; first in " + name_of(param);
+  TORCH_CHECK(false, "regfused.SGD.step: nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
+}
+
+void SgdPlan::end_step() {
+  grads_.clear();
+  relaid_grads_.clear();
+  pending_.clear();
+}
+
+void SgdPlan::bump_versions() {
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Param& param = params_[p];
+      if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
+      bump_version(tensor_of(param.object));
+      if (driver_.tensors[param.row].momentum_buffer) bump_version(tensor_of(param.buffer));
+      if (scalars_.write_unscaled_grad) bump_version(grads_[p]);
+    }
+  });
+}
+
+// Fresh buffers become state. Hashing a tensor runs Python code, so this can be interrupted: then
+// the state is as it was.
+void SgdPlan::commit() {
+  if (pending_.empty()) return;
+  size_t done = 0;
+  try {
+    for (; done < pending_.size(); ++done) commit_buffer(pending_[done]);
+    remember_state();
+  } catch (...) {
+    roll_back(done);
+    throw;
+  }
+}
+
+void SgdPlan::commit_buffer(Pending& pending) {
+  Param& param = params_[pending.param];
+  auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(pending.buffer));
+  if (!buffer) throw py::error_already_set();
+  py::object fresh;
+  PyObject* entry = lookup(state_.ptr(), param.object.ptr());
+  if (!entry) {
+    fresh = py::dict();
+    entry = fresh.ptr();
+  }
+  pending.fresh_entry = static_cast<bool>(fresh);
+  pending.previous = py::reinterpret_borrow<py::object>(lookup(entry, momentum_buffer_key()));
+  if (PyDict_SetItem(entry, momentum_buffer_key(), buffer.ptr()) != 0) throw py::error_already_set();
+  if (fresh && PyDict_SetItem(state_.ptr(), param.object.ptr(), entry) != 0) throw py::error_already_set();
+  param.buffer_memory = pending.buffer.data_ptr();
+  param.buffer_keys = pending.buffer.key_set();
+  param.relay_buffer = false;
+  param.buffer = std::move(buffer);
+}
+
+void SgdPlan::roll_back(size_t count) {
+  py::error_scope raised;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = params_[pending_[i].param].object.ptr();
+    if (pending_[i].fresh_entry) {
+      PyDict_DelItem(state_.ptr(), object);
+    } else if (PyObject* entry = PyDict_GetItemWithError(state_.ptr(), object)) {
+      if (pending_[i].previous)
+        PyDict_SetItem(entry, momentum_buffer_key(), pending_[i].previous.ptr());
+      else
+        PyDict_DelItem(entry, momentum_buffer_key());
+    }
+    PyErr_Clear();
+  }
+  forget();
+}
+
+}  // namespace regfused
