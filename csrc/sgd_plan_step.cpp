@@ -241,6 +241,7 @@ bool SgdPlan::update_pass(double norm) {
   commit();
 
   // From here on nothing raises.
+  bump_versions();  // first: what was collected is still in the caches
   SgdTotals totals;
   {
     py::gil_scoped_release others_may_run;
@@ -248,7 +249,6 @@ bool SgdPlan::update_pass(double norm) {
   }
   if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
-  bump_versions();
   grad_norm = needs_norm() ? norm : norm_finish(scalars_.norm_type, totals.norm);
   clip_coef = scalars_.clip_coef;
   penalty = totals.penalty;

@@ -29,10 +29,11 @@ struct NormLanes {
     lanes[I] = norm_accumulate(type, lanes[I], x);
   }
   REGFUSED_RULE double total() const {
-    double total = 0;
-    for (int i = 0; i < kLanes / kDoubles; ++i)
-      for (int j = 0; j < kDoubles; ++j) total = norm_combine(type, total, lanes[i][j]);
-    return total;
+    double parts[kLanes];
+    __builtin_memcpy(parts, lanes, sizeof parts);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) parts[j] = norm_combine(type, parts[j], parts[j + half]);
+    return parts[0];
   }
 };
 
