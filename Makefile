@@ -9,7 +9,11 @@ TORCH  ?= torch==2.13.0
 DATA   ?=
 OUT    ?= out
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -ec
 BIN := $(VENV)/bin
+# ninja prints whole compiler commands; the file is enough.
+SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo test bench build lint format clean
@@ -32,16 +36,18 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
 
 build: $(VENV)/installed
-	@echo "== compile (about a minute the first time)"
-	$(BIN)/python setup.py build_ext --inplace
+	@echo "== compile what changed (everything takes about a minute)"
+	@$(BIN)/python setup.py build_ext --inplace 2>&1 | $(SHORTER)
 
-# torch comes first: regfused is compiled against the one that is installed.
-$(VENV)/installed: pyproject.toml
-	@echo "== set up $(VENV): $(TORCH) and what tests, demo and benchmark need"
+# torch comes first: regfused is compiled against the one that is installed. The .pth file makes this checkout
+# importable; pip install -e would compile everything once more, in a folder that it throws away.
+$(VENV)/installed: requirements-dev.txt
+	@echo "== set up $(VENV): $(TORCH), and what demo, tests and benchmarks need"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
-	@echo "== install regfused (compiles it: about a minute)"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" | \
+		while read -r folder; do echo "$(CURDIR)" > "$$folder/regfused-checkout.pth"; done
 	@touch $@
 
 lint: $(VENV)/installed
