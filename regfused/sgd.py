@@ -115,12 +115,12 @@ class SGD(reference.SGD):
             entries = in_torch.collect(pairs, grad_scale, "SGD.step")
             grad_norm = 0.0
             if plan.needs_norm:
-                grad_norm = in_torch.norm(entries, norm_type, [plan.norm()] if plan.tensors else [])
+                grad_norm = float(in_torch.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
             if not plan.update(grad_norm):
                 return
-            record = in_torch.update(entries, self.state, plan.clip_coef, grad_scale)
             if not plan.needs_norm:
-                grad_norm = in_torch.norm(entries, norm_type, [plan.grad_norm] if plan.tensors else [])
+                grad_norm = float(in_torch.norm(entries, norm_type, [plan.grad_norm] if plan.tensors else []))
+            record = in_torch.update(entries, self.state, plan.clip_coef)
             plan.count(grad_norm, record.penalty, record.zeros, record.numel)
 
 

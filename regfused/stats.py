@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,9 +31,9 @@ class Numbers(Protocol):
     """What a step leaves behind for `Stats`: a `Record`, or a plan of the compiled part."""
 
     @property
-    def grad_norm(self) -> float: ...
+    def grad_norm(self) -> float | torch.Tensor: ...
     @property
-    def clip_coef(self) -> float: ...
+    def clip_coef(self) -> float | torch.Tensor: ...
     @property
     def penalty(self) -> float: ...
     @property
@@ -46,19 +46,29 @@ class Numbers(Protocol):
 
 @dataclass
 class Record:
-    """The numbers of a step of the reference."""
+    """The numbers of a step of the reference; tensors stay on their device until somebody reads the stats."""
 
-    grad_norm: float = 0.0
-    clip_coef: float = 1.0
-    penalty: float = 0.0
-    zeros: int = 0
+    grad_norm: float | torch.Tensor = 0.0
+    clip_coef: float | torch.Tensor = 1.0
+    penalties: list[torch.Tensor] = field(default_factory=list)
+    zero_counts: list[torch.Tensor] = field(default_factory=list)
     numel: int = 0
     skipped: int = 0
 
+    @property
+    def penalty(self) -> float:
+        return sum(float(penalty) for penalty in self.penalties)
+
+    @property
+    def zeros(self) -> int:
+        return sum(int(count) for count in self.zero_counts)
+
 
 def stats_of(numbers: Numbers) -> Stats:
-    def scalar(value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float64)
+    """Stats of a step of the kernels or of the reference."""
+
+    def scalar(value: float | torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=torch.float64).detach()
 
     return Stats(
         grad_norm=scalar(numbers.grad_norm),

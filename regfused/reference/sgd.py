@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,101 +21,107 @@ State = MutableMapping[Any, Any]
 
 @dataclass
 class Entry:
-    """One parameter of a step: its group, its unscaled gradient g', and h, what the norm is taken of."""
+    """One parameter that has a gradient, with its group. What is derived of both is made when asked for, not kept."""
 
     group: Group
     param: Tensor
-    grad: Tensor
-    h: Tensor
-    sparse: bool = False
+    grad_scale: float | None
+
+    @property
+    def sparse(self) -> bool:
+        return self.raw_grad.layout != torch.strided
+
+    @property
+    def raw_grad(self) -> Tensor:
+        assert self.param.grad is not None
+        return self.param.grad
+
+    def unscaled(self) -> Tensor:
+        """g / grad_scale, in the type of arithmetic."""
+        grad = _arithmetic(self.raw_grad)
+        return grad if self.grad_scale is None else grad * (1.0 / self.grad_scale)
+
+    def grad(self) -> Tensor:
+        """g': of what is minimized."""
+        return -self.unscaled() if self.group["maximize"] else self.unscaled()
+
+    def h(self) -> Tensor:
+        """What the norm is taken of."""
+        if self.group["penalty_in_clip"] and not self.group["proximal"]:
+            return _add_penalty_gradient(self.grad(), self.param, self.group)
+        return self.grad()
 
 
 def collect(pairs: Iterable[tuple[Group, Tensor]], grad_scale: float | None, operation: str) -> list[Entry]:
     """Entries for all parameters that have a gradient. Checks, and changes nothing."""
-    entries = []
-    for group, param in pairs:
-        if param.grad is None:
-            continue
-        if param.grad.layout != torch.strided:
-            if not options.group_allows_sparse(group) or grad_scale is not None:
-                raise RuntimeError(
-                    f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable "
-                    f"and fused=True demand dense gradients, but one of shape {tuple(param.shape)} has a gradient "
-                    f"of layout {param.grad.layout}"
-                )
-            grad = -param.grad if group["maximize"] else param.grad
-            entries.append(Entry(group, param, grad, grad, sparse=True))
-            continue
-        grad = _arithmetic(param.grad)
-        if grad_scale is not None:
-            grad = grad * (1.0 / grad_scale)
-        if group["maximize"]:
-            grad = -grad
-        h = grad
-        if group["penalty_in_clip"] and not group["proximal"]:
-            h = grad + _penalty_gradient(param, group)
-        entries.append(Entry(group, param, grad, h))
+    entries = [Entry(group, param, grad_scale) for group, param in pairs if param.grad is not None]
+    for entry in entries:
+        if entry.sparse and not (grad_scale is None and options.group_allows_sparse(entry.group)):
+            raise RuntimeError(
+                f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
+                f"fused=True demand dense gradients, but one of shape {tuple(entry.param.shape)} has layout "
+                f"{entry.raw_grad.layout}"
+            )
     return entries
 
 
-def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -> float:
-    """The norm over all entries, and over norms of tensors that are not among them, in float64."""
+@torch.no_grad()
+def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -> Tensor:
+    """The norm over all entries, and over norms of tensors that are not among them: 0-dim, accumulated in float64."""
     norms = [torch.tensor(other, dtype=torch.float64) for other in others]
     for entry in entries:
-        h = entry.h.coalesce().values() if entry.sparse else entry.h
+        h = entry.raw_grad.coalesce().values() if entry.sparse else entry.h()
         if h.numel() == 0:
             continue  # the maximum of nothing is an error in torch
         dtype = torch.complex128 if h.is_complex() else torch.float64
-        of_tensor = torch.linalg.vector_norm(h.detach(), norm_type, dtype=dtype)
-        if hasattr(of_tensor, "full_tensor"):  # a DTensor: one number for all ranks
-            of_tensor = of_tensor.full_tensor()
-        norms.append(of_tensor.to(device="cpu", dtype=torch.float64))
-    return float(torch.linalg.vector_norm(torch.stack(norms), norm_type)) if norms else 0.0
+        norms.append(_on_every_rank(torch.linalg.vector_norm(h, norm_type, dtype=dtype)).to(torch.float64))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device = norms[-1].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
 
 
-def clip_coefficient(max_norm: float | None, grad_norm: float) -> float:
-    """c = min(1, max_norm / (norm + 1e-6)); NaN stays NaN."""
-    if max_norm is None:
-        return 1.0
-    c = max_norm / (grad_norm + 1e-6)
-    return 1.0 if c > 1 else c
+def clip_coefficient(max_norm: float | None, grad_norm: Tensor) -> Tensor | None:
+    """c = min(1, max_norm / (norm + 1e-6)), where NaN stays NaN; None for no clip at all."""
+    return None if max_norm is None else torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
 
 
-def update(entries: list[Entry], state: State, clip_coef: float, grad_scale: float | None) -> Record:
-    """Update every entry's parameter and state; penalty, zeros and numel of what was stepped."""
-    record = Record(clip_coef=clip_coef)
+def update(entries: list[Entry], state: State, clip_coef: Tensor | float | None) -> Record:
+    """Update every entry's parameter and state; the record has penalty and zeros of what was stepped."""
+    record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
     for entry in entries:
         group, param = entry.group, entry.param
         if entry.sparse:
             _update_sparse(entry, state)
         else:
-            record.penalty += _penalty(param.detach(), group)
+            if _is_on(group["l1"]) or _is_on(group["l2"]):
+                record.penalties.append(_penalty(param.detach(), group))
             _update_dense(entry, state, clip_coef)
-            if grad_scale is not None:  # torch's AMP contract
-                assert param.grad is not None
-                param.grad.copy_(-entry.grad if group["maximize"] else entry.grad)
-        record.zeros += _number(torch.sum(param.detach() == 0))
+            if entry.grad_scale is not None:  # torch's AMP contract
+                entry.raw_grad.copy_(entry.unscaled())
+        record.zero_counts.append(_on_every_rank(torch.sum(param.detach() == 0)))
         record.numel += param.numel()
     return record
 
 
-def _update_dense(entry: Entry, state: State, clip_coef: float) -> None:
+def _update_dense(entry: Entry, state: State, clip_coef: Tensor | float | None) -> None:
     group, param = entry.group, entry.param
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
     if isinstance(lr, Tensor) and not group["differentiable"]:
         lr = lr.item()
     old = _arithmetic(param)
 
-    d = clip_coef * entry.h
+    d = entry.h()
+    if clip_coef is not None:
+        d = d * (clip_coef.to(d.device) if isinstance(clip_coef, Tensor) else clip_coef)
     if not group["penalty_in_clip"] and not group["proximal"]:
-        d = d + _penalty_gradient(param, group)
+        d = _add_penalty_gradient(d, param, group)
     if _is_on(weight_decay) and not group["decoupled_weight_decay"]:
         d = d + weight_decay * old
 
     u = lr * d if group["classical_momentum"] else d
     if _is_on(momentum):
-        own = state.get(param, {})
-        buffer = own.get("momentum_buffer")
+        buffer = state.get(param, {}).get("momentum_buffer")
         velocity = u
         if buffer is not None:
             gain = 1.0 if group["classical_momentum"] else 1.0 - group["dampening"]
@@ -147,7 +153,7 @@ def _update_sparse(entry: Entry, state: State) -> None:
     buffers = [state.get(param, {}).get("momentum_buffer")]
     sgd_for_loop(
         [param],
-        [entry.grad],
+        [entry.raw_grad],
         buffers,
         has_sparse_grad=True,
         foreach=False,
@@ -156,7 +162,7 @@ def _update_sparse(entry: Entry, state: State) -> None:
         lr=group["lr"],
         dampening=group["dampening"],
         nesterov=group["nesterov"],
-        maximize=False,
+        maximize=group["maximize"],
     )
     if _is_on(group["momentum"]):
         if param not in state:
@@ -171,28 +177,27 @@ def _arithmetic(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _penalty_gradient(param: Tensor, group: Group) -> Tensor | float:
-    """l1*sign(p) + 2*l2*p, with sign(0) = 0."""
+def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
+    """grad + l1*sign(p) + 2*l2*p, with sign(0) = 0."""
     p = _arithmetic(param)
-    total: Tensor | float = -0.0
     if _is_on(group["l1"]):
-        total = group["l1"] * torch.sgn(p) + total
+        grad = grad + group["l1"] * torch.sgn(p)
     if _is_on(group["l2"]):
-        total = 2 * group["l2"] * p + total
-    return total
+        grad = grad + 2 * group["l2"] * p
+    return grad
 
 
-def _penalty(param: Tensor, group: Group) -> float:
-    """l1*sum|p| + l2*sum(p^2), in float64."""
-    if not (_is_on(group["l1"]) or _is_on(group["l2"])):
-        return 0.0
+@torch.no_grad()
+def _penalty(param: Tensor, group: Group) -> Tensor:
+    """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
     size = torch.abs(param).double()
-    return group["l1"] * _number(size.sum()) + group["l2"] * _number(size.square().sum())
+    return _on_every_rank(group["l1"] * size.sum() + group["l2"] * size.square().sum())
 
 
-def _number(tensor: Tensor) -> Any:
+def _on_every_rank(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor; another tensor as it is."""
     full = getattr(tensor, "full_tensor", None)
-    return (full() if full is not None else tensor).item()
+    return tensor if full is None else full()
 
 
 def _is_on(value: Any) -> bool:
@@ -329,37 +334,27 @@ class SGD(torch.optim.SGD):
 
     def _step_in_torch(self) -> None:
         operation = f"{type(self).__name__}.step"
-        numbers = self.__dict__.get("_numbers")
-        if not isinstance(numbers, Record):
-            numbers = Record()
-        self._numbers = numbers
+        last = self.__dict__.get("_numbers") or Record()
         grad_scale, overflow = self._amp()
         if overflow:
-            numbers.skipped += 1
+            self._numbers = replace(last, skipped=last.skipped + 1)
             return
         options.check_groups(operation, self.param_groups)
         options.check_momentum_buffers(operation, self.param_groups, self.state)
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
         entries = collect(pairs, grad_scale, operation)
-        first = self.param_groups[0] if self.param_groups else self.defaults
+        first = self.param_groups[0]
         grad_norm = norm(entries, float(first["norm_type"]))
-        clip_coef = judge(first, grad_norm, operation)
-        if clip_coef is None:
-            self._numbers = Record(grad_norm, 0.0, numbers.penalty, numbers.zeros, numbers.numel, numbers.skipped + 1)
+        # The one place where the host waits for a device, and only under these policies.
+        if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
+            if first["nonfinite"] == "error":
+                raise RuntimeError(
+                    f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {grad_norm.item()}"
+                )
+            self._numbers = replace(last, grad_norm=grad_norm, clip_coef=0.0, skipped=last.skipped + 1)
             return
-        record = update(entries, self.state, clip_coef, grad_scale)
-        record.grad_norm, record.skipped = grad_norm, numbers.skipped
-        self._numbers = record
-
-
-def judge(group: Group, grad_norm: float, operation: str) -> float | None:
-    """The clip coefficient, or None for a step to be skipped; raises under ``nonfinite="error"``."""
-    if not math.isfinite(grad_norm):
-        if group["nonfinite"] == "skip":
-            return None
-        if group["nonfinite"] == "error":
-            raise RuntimeError(f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {grad_norm}")
-    return clip_coefficient(group["max_norm"], grad_norm)
+        record = update(entries, self.state, clip_coefficient(first["max_norm"], grad_norm))
+        self._numbers = replace(record, grad_norm=grad_norm, skipped=last.skipped)
 
 
 def _own_buffers(groups: list[Group], state: State) -> None:
