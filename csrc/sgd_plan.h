@@ -5,6 +5,7 @@
 // pass reads, and the update commits fresh state and then runs what cannot fail.
 #pragma once
 
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,11 +35,11 @@ class SgdPlan {
   bool needs_norm() const;
   // The norm over the tensors here.
   double norm();
-  // Updates the tensors here, given the norm over all tensors of the step (read if needs_norm).
+  // Updates the tensors here, given the norm over all tensors of the step (NaN unless needs_norm).
   // False: the step was skipped, and nothing changed.
   bool update(double norm);
-  // Adds what the reference stepped to the numbers of this step, and sets the norm over all.
-  void count(double norm, double more_penalty, int64_t more_zeros, int64_t more_numel);
+  // Adds what the reference stepped to the numbers of this step.
+  void count(double more_penalty, int64_t more_zeros, int64_t more_numel);
   // How many tensors the kernels take.
   size_t tensors() const { return driver_.tensors.size(); }
 
@@ -49,7 +50,7 @@ class SgdPlan {
 
   // Of the last step; penalty, zeros and numel of the last one that was not skipped. skipped counts all steps so far
   // that left no trace.
-  double grad_norm = 0;
+  double grad_norm = NAN;  // NaN where nothing needed a norm: measuring it would take a pass
   double clip_coef = 1;
   double penalty = 0;
   int64_t zeros = 0;

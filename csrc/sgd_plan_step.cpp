@@ -64,7 +64,7 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
   if (!leftover.empty()) return false;
-  update_pass(needs_norm() ? norm_pass() : 0);
+  update_pass(needs_norm() ? norm_pass() : NAN);
   return true;
 }
 
@@ -79,8 +79,7 @@ bool SgdPlan::update(double norm) {
   return update_pass(norm);
 }
 
-void SgdPlan::count(double norm, double more_penalty, int64_t more_zeros, int64_t more_numel) {
-  grad_norm = norm;
+void SgdPlan::count(double more_penalty, int64_t more_zeros, int64_t more_numel) {
   penalty += more_penalty;
   zeros += more_zeros;
   numel += more_numel;
@@ -249,7 +248,7 @@ bool SgdPlan::update_pass(double norm) {
   }
   if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
-  grad_norm = needs_norm() ? norm : norm_finish(scalars_.norm_type, totals.norm);
+  grad_norm = norm;
   clip_coef = scalars_.clip_coef;
   penalty = totals.penalty;
   zeros = totals.zeros;
@@ -261,7 +260,6 @@ bool SgdPlan::update_pass(double norm) {
 // The clip coefficient of this norm. False where the step is to be skipped.
 bool SgdPlan::judge(double norm) {
   scalars_.clip_coef = 1;
-  scalars_.measure_norm = !needs_norm();
   if (!needs_norm()) return true;
   const SgdGroup& group = groups_.front();
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::error) raise_nonfinite(norm);

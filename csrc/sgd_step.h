@@ -38,7 +38,6 @@ struct SgdScalars {
   double clip_coef = 1;
   NormType norm_type = NormType::two;
   bool write_unscaled_grad = false;  // torch's AMP contract: leave g / grad_scale in the gradient
-  bool measure_norm = false;         // the step pass also accumulates the norm: there was no norm pass
 };
 
 // What one chunk contributes to the numbers of a step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,15 +114,13 @@ class SGD(reference.SGD):
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             pairs = [(self.param_groups[g], param) for g, param in plan.leftover]
             entries = in_torch.collect(pairs, grad_scale, "SGD.step")
-            grad_norm = 0.0
+            grad_norm = math.nan
             if plan.needs_norm:
                 grad_norm = float(in_torch.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
             if not plan.update(grad_norm):
                 return
-            if not plan.needs_norm:
-                grad_norm = float(in_torch.norm(entries, norm_type, [plan.grad_norm] if plan.tensors else []))
             record = in_torch.update(entries, self.state, plan.clip_coef)
-            plan.count(grad_norm, record.penalty, record.zeros, record.numel)
+            plan.count(record.penalty, record.zeros, record.numel)
 
 
 @torch.compiler.disable

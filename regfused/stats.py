@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,9 @@ import torch
 class Stats(NamedTuple):
     """Of the last step, as 0-dim tensors.
 
-    ``grad_norm``      norm over all parameters of the gradient, with the penalty's gradient where that is clipped too
+    ``grad_norm``      norm over all parameters of the gradient, with the penalty's gradient where that is clipped too;
+                       NaN where neither ``max_norm`` nor ``nonfinite`` asked for it: it would cost a pass over the
+                       gradients (``max_norm=math.inf`` measures and does not clip)
     ``clip_coef``      factor by which the clip scaled it; 0 for a step skipped by ``nonfinite="skip"``
     ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step
     ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, after the step
@@ -48,7 +51,7 @@ class Numbers(Protocol):
 class Record:
     """The numbers of a step of the reference; tensors stay on their device until somebody reads the stats."""
 
-    grad_norm: float | torch.Tensor = 0.0
+    grad_norm: float | torch.Tensor = math.nan
     clip_coef: float | torch.Tensor = 1.0
     penalties: list[torch.Tensor] = field(default_factory=list)
     zero_counts: list[torch.Tensor] = field(default_factory=list)

@@ -60,17 +60,13 @@ void SgdDriver::run(Pass pass) {
   parallel(work, kSerial / 2, [&](int64_t begin, int64_t end) { chunks(chunk_at(begin), chunk_at(end)); });
 }
 
-double SgdDriver::combine(NormType type) const {
-  double accumulated = 0;
-  for (const SgdPartial& partial : partials_) accumulated = norm_combine(type, accumulated, partial.norm);
-  return accumulated;
-}
-
 double SgdDriver::norm(const SgdScalars& scalars) {
   run([&](const SgdTensor& tensor, const SgdChunk& chunk, SgdPartial& partial) {
     kernels_->norm(tensor, chunk, groups[tensor.group], scalars, partial);
   });
-  return combine(scalars.norm_type);
+  double accumulated = 0;
+  for (const SgdPartial& partial : partials_) accumulated = norm_combine(scalars.norm_type, accumulated, partial.norm);
+  return accumulated;
 }
 
 int64_t SgdDriver::first_nonfinite() const {
@@ -84,7 +80,6 @@ SgdTotals SgdDriver::step(const SgdScalars& scalars) {
     kernels_->step(tensor, chunk, groups[tensor.group], scalars, partial);
   });
   SgdTotals totals;
-  totals.norm = combine(scalars.norm_type);
   for (size_t c = 0; c < chunks_.size(); ++c) {
     if (!tensors[chunks_[c].tensor].grad) continue;
     totals.penalty += partials_[c].penalty;

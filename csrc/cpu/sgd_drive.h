@@ -9,7 +9,6 @@ namespace regfused {
 
 // What a step adds up to.
 struct SgdTotals {
-  double norm = 0;  // accumulated, not finished; with scalars.measure_norm only
   double penalty = 0;
   int64_t zeros = 0;
   int64_t numel = 0;  // elements of the tensors that were stepped
@@ -36,7 +35,6 @@ class SgdDriver {
  private:
   template <class Pass>
   void run(Pass pass);
-  double combine(NormType type) const;
 
   const SgdKernels* kernels_ = nullptr;
   std::vector<SgdChunk> chunks_;

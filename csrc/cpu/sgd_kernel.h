@@ -123,12 +123,10 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const SgdGradient<T> gradient(hyper, scalars.grad_scale);
-  const SgdNormGradient<T> norm_gradient(hyper);
   const SgdRule<T> rule(hyper, scalars.clip_coef, tensor.first);
   const ElasticNetValue<T> penalty_value(hyper.l1, hyper.l2);
   const bool has_penalty = hyper.l1 != 0 || hyper.l2 != 0;
   Rows<S> grads(tensor.grad, chunk), params(tensor.param, chunk), buffers(tensor.momentum_buffer, chunk);
-  NormLanes norm(scalars.norm_type);
   RowSum penalty;
   decltype(V{} == V{}) zeros{};
   const int64_t n = chunk.size;
@@ -137,25 +135,23 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
     S* __restrict param = params.row(i, n);
     S* __restrict buffer = kMomentum ? buffers.row(i, n) : nullptr;
     V row_penalty{};
-    for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
+    for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
       V g = load(grad + at);
       V p = load(param + at);
       V b = kMomentum ? load(buffer + at) : V{};
       if constexpr (kWriteGrad) store(grad + at, gradient.unscaled(g));
       g = gradient(g);
-      if (scalars.measure_norm) norm.template add<position.value>(norm_gradient(g, p));
       if (has_penalty) row_penalty += penalty_value(p);
       rule.template operator()<kMomentum>(p, g, b);
       store(param + at, p);
       if constexpr (kMomentum) store(buffer + at, b);
-      zeros -= (p <= Storage<S>::kStoredAsZero) & (p >= -Storage<S>::kStoredAsZero);
+      zeros -= stored_as_zero<S>(p);
     });
     if (has_penalty) penalty.add(row_penalty);
     if constexpr (kWriteGrad) grads.write_back(i, n);
     params.write_back(i, n);
     if constexpr (kMomentum) buffers.write_back(i, n);
   }
-  if (scalars.measure_norm) partial.norm = norm.total();
   partial.penalty = penalty.total();
   partial.zeros = -params.zeros_beyond(n);
   for (int j = 0; j < int(sizeof(V) / sizeof(T)); ++j) partial.zeros += zeros[j];

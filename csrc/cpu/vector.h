@@ -191,6 +191,16 @@ REGFUSED_RULE void store(S* to, V x) {
   __builtin_memcpy(to, &bits, sizeof bits);
 }
 
+// Which lanes become zero when they are stored.
+template <class S, class V>
+REGFUSED_RULE auto stored_as_zero(V x) {
+  constexpr auto bound = Storage<S>::kStoredAsZero;
+  if constexpr (bound == 0)
+    return x == 0;
+  else
+    return (x <= bound) & (x >= -bound);
+}
+
 REGFUSED_RULE bool is_zero(float x) { return x == 0; }
 REGFUSED_RULE bool is_zero(double x) { return x == 0; }
 REGFUSED_RULE bool is_zero(BFloat16 x) { return (x.bits & 0x7fff) == 0; }

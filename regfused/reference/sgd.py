@@ -81,6 +81,11 @@ def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -
     return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
 
 
+def needs_norm(group: Group) -> bool:
+    """Whether the step as a whole needs its norm before anything can be updated."""
+    return group["max_norm"] is not None or group["nonfinite"] != "propagate"
+
+
 def clip_coefficient(max_norm: float | None, grad_norm: Tensor) -> Tensor | None:
     """c = min(1, max_norm / (norm + 1e-6)), where NaN stays NaN; None for no clip at all."""
     return None if max_norm is None else torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
@@ -344,7 +349,9 @@ class SGD(torch.optim.SGD):
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
         entries = collect(pairs, grad_scale, operation)
         first = self.param_groups[0]
-        grad_norm = norm(entries, float(first["norm_type"]))
+        grad_norm = torch.tensor(math.nan)
+        if needs_norm(first):
+            grad_norm = norm(entries, float(first["norm_type"]))
         # The one place where the host waits for a device, and only under these policies.
         if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
             if first["nonfinite"] == "error":
