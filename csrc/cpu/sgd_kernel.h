@@ -96,6 +96,16 @@ class Rows {
   S last_[kLanes];
 };
 
+// Asks for the row that is worked on a little later: a core's own prefetcher leaves part of the memory's
+// speed unused, in the norm pass, which only reads, more than a quarter of it. Twice or four times
+// the distance makes no difference.
+template <class S>
+REGFUSED_RULE void prefetch(const S* row) {
+  constexpr int kBytesAhead = 1024, kCacheLine = 64;
+  const char* ahead = reinterpret_cast<const char*>(row) + kBytesAhead;
+  for (int i = 0; i < int(kLanes * sizeof(S)); i += kCacheLine) __builtin_prefetch(ahead + i);
+}
+
 template <class S, bool kPenalty>
 void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
                 SgdPartial& partial) {
@@ -108,6 +118,8 @@ void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
   for (int64_t i = 0; i < n; i += kLanes) {
     const S* grad = grads.row(i, n);
     const S* param = kPenalty ? params.row(i, n) : nullptr;
+    prefetch(grad);
+    if constexpr (kPenalty) prefetch(param);
     for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
       auto h = gradient(load(grad + at));
       if constexpr (kPenalty) h = norm_gradient(h, load(param + at));
@@ -135,6 +147,9 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
     S* __restrict param = params.row(i, n);
     S* __restrict buffer = kMomentum ? buffers.row(i, n) : nullptr;
     V row_penalty{};
+    prefetch(grad);
+    prefetch(param);
+    if constexpr (kMomentum) prefetch(buffer);
     for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
       V g = load(grad + at);
       V p = load(param + at);
