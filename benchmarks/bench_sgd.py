@@ -284,7 +284,7 @@ def run_model(
     note = (
         f"GB/s: the bytes that the job must move ({', '.join(str(job.bytes_per_param(dtype)) for job in JOBS)} per "
         f"parameter) over the median. Roofline: the faster of copy_ and add_ on {timing.roofline_mib} MiB during the "
-        f"job, in GB/s: {', '.join(roofs)}. More than 100 % of it comes from caches. "
+        f"job, in GB/s: {', '.join(roofs)}. More than 100 %: from caches, or prefetched, which those two are not. "
         f"Error: the largest after {sgd_jobs.STEPS} steps, over the largest parameter, "
         f"against float64, on {numel_of(checked):,} of {numel:,} elements."
     )

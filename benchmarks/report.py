@@ -57,10 +57,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "regfused": regfused.__version__,
     }
-    build_info = getattr(regfused, "build_info", None)
-    if build_info is not None:
-        facts |= {f"regfused {key}": str(value) for key, value in build_info().items()}
-    return facts
+    return facts | {key: str(value) for key, value in regfused.build_info().items() if key not in facts}
 
 
 def environment_table(facts: Mapping[str, Any]) -> Table:
