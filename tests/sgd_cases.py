@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+
+import regfused
+from regfused import reference
+
+BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
 SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
@@ -91,6 +97,21 @@ def give_grads(params, generator=None) -> None:
     for p in params:
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         p.grad = torch.where(g.abs() < 0.05, torch.full_like(g, 0.5), g).to(p.dtype)
+
+
+def copy_params(params) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def share_grads(params, twins) -> None:
+    """Gives each twin a copy of its gradient."""
+    for p, q in zip(params, twins, strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+
+
+def assert_params_equal(params, twins, atol=0.0) -> None:
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
 
 
 class Oracle:

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from sgd_cases import give_grads, make_params
+from sgd_cases import BOTH, give_grads, make_params
 
 import regfused
-from regfused import reference
 
-BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 INF, NAN = float("inf"), float("nan")
 
 OPTIONS = [
