@@ -24,6 +24,12 @@ py::dict build_info() {
   return info;
 }
 
+// The plan inside of a Python object, or nullptr while it is being made.
+SgdPlan* plan_in(PyObject* self) {
+  auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return holder.holder_constructed() ? holder.value_ptr<SgdPlan>() : nullptr;
+}
+
 // Plans take part in garbage collection: see SgdPlan::traverse.
 py::custom_type_setup collected() {
   return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
@@ -31,11 +37,11 @@ py::custom_type_setup collected() {
     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
     type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
       Py_VISIT(Py_TYPE(self));
-      if (py::detail::is_holder_constructed(self)) return py::cast<SgdPlan&>(py::handle(self)).traverse(visit, arg);
-      return 0;
+      SgdPlan* plan = plan_in(self);
+      return plan ? plan->traverse(visit, arg) : 0;
     };
     type->tp_clear = [](PyObject* self) {
-      if (py::detail::is_holder_constructed(self)) py::cast<SgdPlan&>(py::handle(self)).clear();
+      if (SgdPlan* plan = plan_in(self)) plan->clear();
       return 0;
     };
   });
