@@ -131,12 +131,16 @@ def test_other_norm_types_run_through_the_reference():
 @pytest.mark.parametrize("flag", ({"fused": False}, {"foreach": True}))
 def test_pure_pytorch_on_request(flag):
     params = make_params([50])
-    give_grads(params)
-    optimizer = regfused.SGD(params, lr=0.1, momentum=0.9, l1=0.1, max_norm=0.1, **flag)
-    optimizer.step()
-    assert optimizer._plan.tensors == 0
-    twins = make_params([50], generator=torch.Generator().manual_seed(0))
-    assert twins[0].shape == params[0].shape
+    twins = copy_params(params)
+    options = dict(lr=0.1, momentum=0.9)
+    ours, loop = regfused.SGD(params, **options, **flag), torch.optim.SGD(twins, foreach=False, **options)
+    for _ in range(2):
+        give_grads(params)
+        share_grads(params, twins)
+        ours.step()
+        loop.step()
+        assert_params_equal(params, twins, atol=1e-6)
+    assert ours._plan.tensors == 0
 
 
 def test_differentiable():
