@@ -74,9 +74,10 @@ struct SgdRule {
   ElasticNetGradient<T> direction;  // g', p -> d
   ElasticNetProximal<T> proximal;
   T momentum;
-  T gain;  // of d on its way into the momentum buffer
-  T keep;  // factor of the old parameter
-  T step;  // factor of u, negative
+  T gain;   // of d: the learning rate under classical momentum
+  T fresh;  // of d on its way into the momentum buffer
+  T keep;   // factor of the old parameter
+  T step;   // factor of u, negative
   bool first, nesterov;
 
   SgdRule(const SgdHyper& h, double clip_coef, bool first)
@@ -84,9 +85,8 @@ struct SgdRule {
                   penalty_gain(h, clip_coef) * 2 * h.l2 + (h.decoupled_weight_decay ? 0 : h.weight_decay)),
         proximal(h.proximal ? h.lr * h.l1 : 0, h.proximal ? 2 * h.lr * h.l2 : 0),
         momentum(T(h.momentum)),
-        gain(h.classical_momentum         ? T(h.lr)
-             : (first || h.momentum == 0) ? T(1)
-                                          : T(1 - h.dampening)),
+        gain(h.classical_momentum ? T(h.lr) : T(1)),
+        fresh(h.classical_momentum ? T(1) : T(1 - h.dampening)),
         keep(h.decoupled_weight_decay ? T(1 - h.lr * h.weight_decay) : T(1)),
         step(h.classical_momentum ? T(-1) : T(-h.lr)),
         first(first),
@@ -97,7 +97,7 @@ struct SgdRule {
     V d = gain * direction(grad, param);
     V u = d;
     if (kMomentum) {
-      momentum_buffer = first ? d : momentum * momentum_buffer + d;
+      momentum_buffer = first ? d : momentum * momentum_buffer + fresh * d;
       u = nesterov ? d + momentum * momentum_buffer : momentum_buffer;
     }
     // With lr = 0 the parameter keeps its bits, whatever the gradient.

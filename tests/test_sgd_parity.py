@@ -50,6 +50,25 @@ def test_against_torch_for_loop(optimizer, name, dtype):
             torch.testing.assert_close(mine, its, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("optimizer", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
+def test_nesterov_with_dampening_written_into_the_group(optimizer):
+    # The constructors refuse the pair; torch then dampens the buffer, not the gradient of the look-ahead.
+    params = make_params([33, 100])
+    theirs = copy.deepcopy(params)
+    ours = optimizer(params, lr=0.1, momentum=0.9, nesterov=True)
+    loop = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, nesterov=True, foreach=False)
+    for each in (ours, loop):
+        each.param_groups[0]["dampening"] = 0.3
+    for _ in range(3):
+        give_grads(params)
+        for p, q in zip(params, theirs, strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        loop.step()
+    for p, q in zip(params, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
 def train_by_hand(model, batches, *, lr, momentum, weight_decay, l1, l2, max_norm):
     """The loop as people write it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
