@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "devices.h"
 #include "sgd_plan.h"
 
 namespace regfused {
@@ -20,7 +21,7 @@ py::dict build_info() {
 #endif
   info["isas"] = usable_isas();
   info["isa"] = choose_sgd_kernels()->isa;
-  info["cuda"] = py::none();
+  info["cuda"] = cuda_built();
   return info;
 }
 
@@ -62,12 +63,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("tensors", &SgdPlan::tensors)
       .def_property_readonly("needs_norm", &SgdPlan::needs_norm)
       .def_readonly("leftover", &SgdPlan::leftover)
-      .def_readonly("grad_norm", &SgdPlan::grad_norm)
-      .def_readonly("clip_coef", &SgdPlan::clip_coef)
-      .def_readonly("penalty", &SgdPlan::penalty)
-      .def_readonly("zeros", &SgdPlan::zeros)
-      .def_readonly("numel", &SgdPlan::numel)
-      .def_readonly("skipped", &SgdPlan::skipped);
+      .def("numbers", &SgdPlan::numbers)
+      .def_property_readonly("clip_coef", &SgdPlan::clip_coef);
 }
 
 }  // namespace regfused

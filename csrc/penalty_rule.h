@@ -11,7 +11,7 @@ template <class T>
 struct ElasticNetValue {
   T l1, l2;
 
-  ElasticNetValue(double l1, double l2) : l1(T(l1)), l2(T(l2)) {}
+  REGFUSED_RULE ElasticNetValue(double l1, double l2) : l1(T(l1)), l2(T(l2)) {}
 
   template <class V>
   REGFUSED_RULE V operator()(V p) const {
@@ -29,7 +29,7 @@ template <class T>
 struct ElasticNetGradient {
   T gain, at_positive, at_negative, at_zero, slope;
 
-  ElasticNetGradient(double gain, double sign_weight, double slope)
+  REGFUSED_RULE ElasticNetGradient(double gain, double sign_weight, double slope)
       : gain(T(gain)),
         at_positive(sign_weight == 0 ? T(-0.0) : T(sign_weight)),
         at_negative(sign_weight == 0 ? T(-0.0) : T(-sign_weight)),
@@ -53,7 +53,7 @@ template <class T>
 struct ElasticNetProximal {
   T lower, upper, shrink;
 
-  ElasticNetProximal(double threshold, double growth)
+  REGFUSED_RULE ElasticNetProximal(double threshold, double growth)
       : lower(T(0) - T(threshold)), upper(T(threshold)), shrink(T(1 / (1 + growth))) {}
 
   template <class V>

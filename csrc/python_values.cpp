@@ -7,6 +7,8 @@
 #include <cmath>
 #include <vector>
 
+#include "devices.h"
+
 namespace regfused {
 
 namespace py = pybind11;
@@ -35,6 +37,14 @@ double number(PyObject* value) {
     return NAN;
   }
   return result;
+}
+
+at::Tensor number_on_device(PyObject* value) {
+  if (!THPVariable_Check(value) || !is_plain(value)) return {};
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  const bool usable = is_asynchronous(tensor.device()) && tensor.numel() == 1 && tensor.layout() == at::kStrided &&
+                      tensor.is_floating_point() && !tensor.is_neg();
+  return usable ? tensor : at::Tensor();
 }
 
 bool is_plain(PyObject* tensor) {

@@ -1,6 +1,7 @@
 // Reading Python objects: dictionary entries, numbers, and whether a tensor is a plain one.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 namespace regfused {
@@ -13,6 +14,9 @@ PyObject* lookup(PyObject* dict, PyObject* name);
 
 // A number or a 1-element tensor as a double; NaN where it is neither, so that every check fails.
 double number(PyObject* value);
+
+// A plain 1-element tensor whose value the host would have to wait for; otherwise an undefined one.
+at::Tensor number_on_device(PyObject* value);
 
 // Whether a tensor's class is torch.Tensor, Parameter or Buffer: another may mean something by itself.
 bool is_plain(PyObject* tensor);

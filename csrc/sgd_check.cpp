@@ -3,12 +3,14 @@
 
 #include <algorithm>
 
+#include "devices.h"
+
 namespace regfused {
 
 std::string why_not_fused(const at::Tensor& param) {
   if (param.unsafeGetTensorImpl()->is_python_dispatch()) return "is a tensor subclass";
   if (param.layout() != at::kStrided) return c10::str("has layout ", param.layout());
-  if (!param.device().is_cpu()) return c10::str("is on device ", param.device());
+  if (!has_kernels(param.device())) return c10::str("is on device ", param.device());
   switch (param.scalar_type()) {
     case at::kFloat:
     case at::kDouble:
@@ -19,6 +21,7 @@ std::string why_not_fused(const at::Tensor& param) {
   if (param.is_neg()) return "is a lazily negated view";
   if (!param.is_non_overlapping_and_dense()) return "is not dense in memory";
   if (param.numel() > 0 && param.data_ptr() == nullptr) return "has no memory";
+  if (memory_of(param).first % param.element_size() != 0) return "is not aligned to its elements";
   return "";
 }
 

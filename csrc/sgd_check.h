@@ -13,7 +13,7 @@
 namespace regfused {
 
 // Why the kernels cannot take this parameter, or an empty string. They take dense, strided,
-// non-overlapping float32, float64, bfloat16 and float16 tensors on the CPU.
+// non-overlapping float32, float64, bfloat16 and float16 tensors on a device that has kernels.
 std::string why_not_fused(const at::Tensor& param);
 
 // The storage type of an eligible tensor.

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "devices.h"
 #include "python_values.h"
 
 namespace regfused {
@@ -81,7 +82,8 @@ SgdGroup::Read SgdGroup::read() {
   if (!changed) return Read::same;
 
   reread_ = true;
-  hyper.lr = number(value[kLr]);
+  device_lr = number_on_device(value[kLr]);
+  hyper.lr = device_lr.defined() ? 0 : number(value[kLr]);
   hyper.momentum = number(value[kMomentum]);
   hyper.dampening = number(value[kDampening]);
   hyper.weight_decay = number(value[kWeightDecay]);
@@ -121,6 +123,11 @@ SgdGroup::Read SgdGroup::read() {
     reread_ |= THPVariable_Check(value[option]);
   }
   return Read::changed;
+}
+
+bool SgdGroup::read_lr() {
+  if (device_lr.defined()) hyper.lr = number(values_[kLr].ptr());
+  return is_strength(hyper.lr);
 }
 
 int SgdGroup::traverse(visitproc visit, void* arg) const {

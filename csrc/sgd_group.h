@@ -1,6 +1,7 @@
 // A parameter group as Python holds it: its options, read again each step.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -18,6 +19,8 @@ struct SgdGroup {
   pybind11::object params;  // the list in dict["params"]
 
   SgdHyper hyper;
+  // Defined where lr is a tensor in the memory of a device: hyper.lr is then unknown until read_lr().
+  at::Tensor device_lr;
   bool clips = false;
   double max_norm = 0;
   double norm_type = 2;
@@ -27,6 +30,9 @@ struct SgdGroup {
 
   // Reads the options, unless they are the very objects of the last time.
   Read read();
+
+  // Waits for a device that holds lr. False where it is not as it must be.
+  bool read_lr();
 
   // Whether both agree on what is one value for the whole optimizer.
   bool agrees(const SgdGroup& other) const {

@@ -8,9 +8,9 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include "cpu/isa.h"
-#include "cpu/sgd_drive.h"
+#include "devices.h"
 #include "sgd_check.h"
+#include "sgd_drive.h"
 
 namespace regfused {
 namespace {
@@ -51,10 +51,10 @@ void check_tensors(at::TensorList params, at::TensorList grads, at::TensorList m
   }
 }
 
-void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first,
-             double lr, double momentum, double dampening, double weight_decay, bool nesterov, double l1, double l2,
-             bool proximal, std::optional<double> max_norm, double norm_type, bool penalty_in_clip,
-             std::string_view nonfinite, bool decoupled_weight_decay, bool classical_momentum, bool maximize) {
+void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first,
+                 double lr, double momentum, double dampening, double weight_decay, bool nesterov, double l1, double l2,
+                 bool proximal, std::optional<double> max_norm, double norm_type, bool penalty_in_clip,
+                 std::string_view nonfinite, bool decoupled_weight_decay, bool classical_momentum, bool maximize) {
   SgdHyper hyper;
   hyper.lr = strength("lr", lr);
   hyper.momentum = strength("momentum", momentum);
@@ -75,6 +75,7 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
 
   SgdDriver driver;
   driver.groups = {hyper};
+  driver.lr.resize(1);
   SgdScalars scalars;
   scalars.norm_type = fused_norm_type(norm_type);
   std::vector<MemoryRange> memory;
@@ -83,7 +84,7 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
     const Tensor& param = params[i];
     const std::string why = why_not_fused(param);
     TORCH_CHECK_VALUE(why.empty(), "regfused::sgd_: parameters must be dense float32, float64, bfloat16 or float16 ",
-                      "tensors on the CPU, but params[", i, "] ", why);
+                      "tensors ", where_kernels_run(), ", but params[", i, "] ", why);
     Tensor grad = grads[i];
     if (!same_layout(grad, param) || grad.is_neg()) {
       grad = at::empty_strided(param.sizes(), param.strides(), param.options());
@@ -94,6 +95,7 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
     row.param = param.data_ptr();
     row.grad = grad.data_ptr();
     row.numel = param.numel();
+    row.device = driver.index_of(param.device());
     row.dtype = dtype_of(param);
     memory.push_back(memory_of(param));
     if (momentum != 0) {
@@ -108,16 +110,28 @@ void sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentu
   }
   TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
                     "regfused::sgd_: parameters and momentum_buffers must share no memory, but two of them do");
-  driver.cut(choose_sgd_kernels());
+  driver.cut();
+  driver.begin();
 
-  if (max_norm || nonfinite != "propagate") {
-    const double norm = norm_finish(scalars.norm_type, driver.norm(scalars));
-    TORCH_CHECK(std::isfinite(norm) || nonfinite != "error",
-                "regfused::sgd_: nonfinite='error' demands a finite gradient norm, but it is ", norm);
-    if (!std::isfinite(norm) && nonfinite == "skip") return;
-    if (max_norm) scalars.clip_coef = clip_coefficient(*max_norm, norm);
+  const bool needs_norm = max_norm || nonfinite != "propagate";
+  if (driver.can_leave_host() && nonfinite != "error") {
+    scalars.clips = max_norm.has_value();
+    scalars.max_norm = max_norm.value_or(0);
+    scalars.skip_nonfinite = nonfinite == "skip";
+    driver.step_without_host(scalars, needs_norm);
+  } else {
+    TORCH_CHECK(
+        !driver.is_capturing(),
+        "regfused::sgd_: in a CUDA graph all tensors must be on CUDA devices and nonfinite must not be 'error'");
+    if (needs_norm) {
+      const double norm = norm_finish(scalars.norm_type, driver.norm(scalars));
+      TORCH_CHECK(std::isfinite(norm) || nonfinite != "error",
+                  "regfused::sgd_: nonfinite='error' demands a finite gradient norm, but it is ", norm);
+      if (!std::isfinite(norm) && nonfinite == "skip") return;
+      if (max_norm) scalars.clip_coef = clip_coefficient(*max_norm, norm);
+    }
+    driver.step(scalars);
   }
-  driver.step(scalars);
   // The dispatcher bumps no version counters for operators from outside.
   for (const Tensor& param : params)
     if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
@@ -142,7 +156,8 @@ TORCH_LIBRARY(regfused, m) {
       "str nonfinite='propagate', bool decoupled_weight_decay=False, bool classical_momentum=False, "
       "bool maximize=False) -> ()");
 }
-TORCH_LIBRARY_IMPL(regfused, CPU, m) { m.impl("sgd_", &sgd_cpu); }
+TORCH_LIBRARY_IMPL(regfused, CPU, m) { m.impl("sgd_", &sgd_kernels); }
+TORCH_LIBRARY_IMPL(regfused, CUDA, m) { m.impl("sgd_", &sgd_kernels); }
 TORCH_LIBRARY_IMPL(regfused, Meta, m) { m.impl("sgd_", &sgd_meta); }
 
 }  // namespace regfused

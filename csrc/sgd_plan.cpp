@@ -7,7 +7,6 @@
 #include <cmath>
 #include <unordered_map>
 
-#include "cpu/isa.h"
 #include "python_values.h"
 #include "sgd_check.h"
 
@@ -87,6 +86,7 @@ void SgdPlan::forget() {
   entries_.clear();
   driver_.tensors.clear();
   driver_.groups.clear();
+  driver_.lr.clear();
   grads_.clear();
   relaid_grads_.clear();
   pending_.clear();
@@ -101,7 +101,7 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
     read_options();
     remember_state();
     plan_rows();
-    driver_.cut(choose_sgd_kernels());
+    driver_.cut();
   } catch (...) {
     forget();  // half a plan must not be taken for a known one
     throw;
@@ -129,6 +129,7 @@ void SgdPlan::list_params() {
     groups_.push_back(std::move(group));
   }
   driver_.groups.resize(groups_.size());
+  driver_.lr.resize(groups_.size());
 }
 
 // Rows of the driver's table for the parameters that the kernels take.
@@ -185,6 +186,7 @@ void SgdPlan::plan_row(Param& param, PyObject* buffer_object) {
   row.param = tensor.data_ptr();
   row.numel = tensor.numel();
   row.group = param.group;
+  row.device = driver_.index_of(tensor.device());
   row.dtype = dtype_of(tensor);
   driver_.tensors.push_back(row);
 }
@@ -213,6 +215,7 @@ bool SgdPlan::read_options() {
   bool routes_hold = true;
   for (size_t g = 0; g < groups_.size(); ++g) {
     driver_.groups[g] = groups_[g].hyper;
+    driver_.lr[g] = groups_[g].device_lr;
     routes_hold &= groups_[g].kernels == kernels[g];
   }
   return routes_hold;

@@ -3,6 +3,10 @@
 //
 // A step is collect -> norm -> update. Collecting checks everything and changes nothing, the norm
 // pass reads, and the update commits fresh state and then runs what cannot fail.
+//
+// The host judges the norm, or, where all tensors are on CUDA devices, the devices do: then the host
+// waits for nothing. It has to be the host that judges where it must raise (nonfinite="error"), where
+// the reference takes part, and where a step may be skipped that would make fresh state.
 #pragma once
 
 #include <cmath>
@@ -13,7 +17,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include "cpu/sgd_drive.h"
+#include "sgd_drive.h"
 #include "sgd_group.h"
 
 namespace regfused {
@@ -39,7 +43,11 @@ class SgdPlan {
   // False: the step was skipped, and nothing changed.
   bool update(double norm);
   // Adds what the reference stepped to the numbers of this step.
-  void count(double more_penalty, int64_t more_zeros, int64_t more_numel);
+  void count(double more_penalty, double more_zeros, double more_numel);
+  // (grad_norm, clip_coef, penalty, zeros, numel, skipped) of the last step; penalty, zeros and numel of the last one
+  // that was not skipped, skipped counts all steps so far that left no trace. Floats; 0-dim tensors where a device
+  // has the numbers.
+  py::tuple numbers() const;
   // How many tensors the kernels take.
   size_t tensors() const { return driver_.tensors.size(); }
 
@@ -47,15 +55,7 @@ class SgdPlan {
   void clear();
 
   py::list leftover;
-
-  // Of the last step; penalty, zeros and numel of the last one that was not skipped. skipped counts all steps so far
-  // that left no trace.
-  double grad_norm = NAN;  // NaN where nothing needed a norm: measuring it would take a pass
-  double clip_coef = 1;
-  double penalty = 0;
-  int64_t zeros = 0;
-  int64_t numel = 0;
-  int64_t skipped = 0;
+  double clip_coef() const { return clip_coef_; }
 
  private:
   struct Param {
@@ -98,6 +98,7 @@ class SgdPlan {
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
   bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
   bool collect();
+  bool collect_all();
   bool collect_usual(size_t p);
   bool collect_closely(size_t p);
   std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
@@ -105,6 +106,10 @@ class SgdPlan {
   void collect_buffer(size_t p, const at::Tensor& tensor);
   double norm_pass();
   bool update_pass(double norm);
+  std::string why_host_judges() const;
+  void let_devices_judge();
+  bool let_host_judge(py::handle grad_scale, py::handle found_inf);
+  void finish_update();
   bool judge(double norm);
   [[noreturn]] void raise_nonfinite(double norm) const;
   void commit();
@@ -122,7 +127,14 @@ class SgdPlan {
   SgdScalars scalars_;
   bool busy_ = false;
 
-  // Of one step, between collect and the end of finish.
+  // Of the last step, as the host knows them. Where the devices judged, they have the norm and the coefficient.
+  bool devices_judged_ = false;
+  double grad_norm_ = NAN;  // NaN where nothing needed a norm: measuring it would take a pass
+  double clip_coef_ = 1;
+  SgdTotals totals_;
+  int64_t skipped_ = 0;
+
+  // Of one step, between collect and its end.
   std::vector<at::Tensor> grads_;                                // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
   std::vector<Pending> pending_;

@@ -3,11 +3,13 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <utility>
 
 #include "cpu/parallel.h"
+#include "devices.h"
 #include "python_values.h"
 #include "sgd_check.h"
 #include "sgd_plan.h"
@@ -51,21 +53,75 @@ class Entered {
 
 bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf) {
   Entered entered(busy_);
-  if (!found_inf.is_none() && number(found_inf.ptr()) != 0) {
-    ++skipped;
+  if (!number_on_device(found_inf.ptr()).defined() && !found_inf.is_none() && number(found_inf.ptr()) != 0) {
+    ++skipped_;
     return true;
   }
   c10::AutoGradMode no_grad(false);
   if (!is_known(param_groups, state) || !read_options()) build(param_groups, state);
   scalars_.write_unscaled_grad = !grad_scale.is_none();
-  scalars_.grad_scale = grad_scale.is_none() ? 1 : number(grad_scale.ptr());
+  driver_.grad_scale = number_on_device(grad_scale.ptr());
+  driver_.found_inf = number_on_device(found_inf.ptr());
+  scalars_.grad_scale = grad_scale.is_none() || driver_.grad_scale.defined() ? 1 : number(grad_scale.ptr());
   if (!collect()) {
     build(param_groups, state);
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
+  const std::string why_host = why_host_judges();
+  TORCH_CHECK(why_host.empty() || !driver_.is_capturing(),
+              "regfused.SGD.step: a step in a CUDA graph must not need the host, but ", why_host);
+  if (why_host.empty()) {
+    let_devices_judge();
+    return true;
+  }
+  if (!let_host_judge(grad_scale, found_inf)) return true;
   if (!leftover.empty()) return false;
   update_pass(needs_norm() ? norm_pass() : NAN);
   return true;
+}
+
+// Why the devices cannot take this step by themselves, or an empty string.
+std::string SgdPlan::why_host_judges() const {
+  if (!driver_.can_leave_host()) return "a tensor is not on a CUDA device, or none has a gradient";
+  if (!leftover.empty()) return "the reference has to step a tensor that the kernels do not take";
+  if (groups_.front().nonfinite == SgdGroup::Nonfinite::error) return "nonfinite='error' may raise";
+  const bool may_skip = driver_.found_inf.defined() || groups_.front().nonfinite == SgdGroup::Nonfinite::skip;
+  if (!pending_.empty() && (may_skip || driver_.is_capturing()))
+    return c10::str("a momentum_buffer has to be made for ", name_of(params_[pending_.front().param]),
+                    " (take a step before the capture)");
+  return "";
+}
+
+// What the host has to know where it judges. False: the step is skipped.
+bool SgdPlan::let_host_judge(py::handle grad_scale, py::handle found_inf) {
+  devices_judged_ = false;
+  if (driver_.found_inf.defined() && number(found_inf.ptr()) != 0) {
+    ++skipped_;
+    end_step();
+    return false;
+  }
+  if (driver_.grad_scale.defined()) scalars_.grad_scale = number(grad_scale.ptr());
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (!groups_[g].device_lr.defined()) continue;
+    if (!groups_[g].read_lr()) complain();
+    driver_.groups[g].lr = groups_[g].hyper.lr;
+  }
+  driver_.grad_scale = driver_.found_inf = at::Tensor();
+  for (at::Tensor& lr : driver_.lr) lr = at::Tensor();
+  return true;
+}
+
+// The whole step on the devices: nothing comes back.
+void SgdPlan::let_devices_judge() {
+  const SgdGroup& first = groups_.front();
+  scalars_.clips = first.clips;
+  scalars_.max_norm = first.max_norm;
+  scalars_.skip_nonfinite = first.nonfinite == SgdGroup::Nonfinite::skip;
+  commit();
+  bump_versions();
+  driver_.step_without_host(scalars_, needs_norm());
+  devices_judged_ = true;
+  finish_update();
 }
 
 double SgdPlan::norm() {
@@ -79,10 +135,30 @@ bool SgdPlan::update(double norm) {
   return update_pass(norm);
 }
 
-void SgdPlan::count(double more_penalty, int64_t more_zeros, int64_t more_numel) {
-  penalty += more_penalty;
-  zeros += more_zeros;
-  numel += more_numel;
+void SgdPlan::count(double more_penalty, double more_zeros, double more_numel) {
+  totals_.penalty += more_penalty;
+  totals_.zeros += more_zeros;
+  totals_.numel += more_numel;
+}
+
+py::tuple SgdPlan::numbers() const {
+  std::array<py::object, SgdAsyncDevice::kNumbers> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
+                                                          py::float_(totals_.penalty), py::float_(totals_.zeros),
+                                                          py::float_(totals_.numel),   py::float_(double(skipped_))};
+  const std::vector<at::Tensor> of_devices = driver_.numbers();
+  if (!of_devices.empty()) {
+    const at::Device home = of_devices.front().device();
+    for (int i = devices_judged_ ? 0 : SgdAsyncDevice::kPenalty; i < SgdAsyncDevice::kNumbers; ++i) {
+      at::Tensor number = of_devices.front().select(0, i);
+      if (i >= SgdAsyncDevice::kPenalty) {
+        for (size_t d = 1; d < of_devices.size(); ++d)
+          number = number.add(of_devices[d].select(0, i).to(home, /*non_blocking=*/true));
+        number = number.add(py::cast<double>(all[i]));
+      }
+      all[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(number));
+    }
+  }
+  return py::make_tuple(all[0], all[1], all[2], all[3], all[4], all[5]);
 }
 
 double SgdPlan::norm_pass() {
@@ -117,8 +193,14 @@ bool SgdPlan::is_unchanged_buffer(const Param& param, const at::Tensor& tensor) 
          same_layout(buffer, tensor) != param.relay_buffer;
 }
 
-// Gradients and buffers of this step. False where a tensor is not the one that was planned for.
+// Everything that can raise. False where a tensor is not the one that was planned for.
 bool SgdPlan::collect() {
+  if (!collect_all()) return false;
+  driver_.begin();
+  return true;
+}
+
+bool SgdPlan::collect_all() {
   end_step();
   if (!leftover.empty()) leftover = py::list();
   grads_.resize(params_.size());
@@ -167,7 +249,8 @@ bool SgdPlan::collect_closely(size_t p) {
   const std::string why = why_left(param, tensor, grad);
   if (!why.empty()) {
     TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: fused=True demands dense, strided float32, ",
-                "float64, bfloat16 or float16 tensors on the CPU that share no memory, but ", name_of(param), " ", why);
+                "float64, bfloat16 or float16 tensors ", where_kernels_run(), " that share no memory, but ",
+                name_of(param), " ", why);
     leftover.append(py::make_tuple(param.group, param.object));
     return true;
   }
@@ -241,20 +324,21 @@ bool SgdPlan::update_pass(double norm) {
 
   // From here on nothing raises.
   bump_versions();  // first: what was collected is still in the caches
-  SgdTotals totals;
   {
     py::gil_scoped_release others_may_run;
-    totals = driver_.step(scalars_);
+    driver_.step(scalars_);
   }
+  grad_norm_ = norm;
+  clip_coef_ = scalars_.clip_coef;
+  finish_update();
+  return true;
+}
+
+void SgdPlan::finish_update() {
+  totals_ = driver_.totals();
   if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
-  grad_norm = norm;
-  clip_coef = scalars_.clip_coef;
-  penalty = totals.penalty;
-  zeros = totals.zeros;
-  numel = totals.numel;
   end_step();
-  return true;
 }
 
 // The clip coefficient of this norm. False where the step is to be skipped.
@@ -264,9 +348,9 @@ bool SgdPlan::judge(double norm) {
   const SgdGroup& group = groups_.front();
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::error) raise_nonfinite(norm);
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::skip) {
-    grad_norm = norm;
-    clip_coef = 0;
-    ++skipped;
+    grad_norm_ = norm;
+    clip_coef_ = 0;
+    ++skipped_;
     return false;
   }
   if (group.clips) scalars_.clip_coef = clip_coefficient(group.max_norm, norm);
@@ -274,10 +358,13 @@ bool SgdPlan::judge(double norm) {
 }
 
 void SgdPlan::raise_nonfinite(double norm) const {
-  const int64_t row = driver_.first_nonfinite();
+  // A device reports a range of rows where small tensors share one partial norm.
+  const auto [first, last] = driver_.first_nonfinite();
   std::string where;
-  for (const Param& param : params_)
-    if (row >= 0 && param.row == row) where = "; first in " + name_of(param);
+  for (const Param& param : params_) {
+    if (first >= 0 && param.row == first) where = "; first in " + name_of(param);
+    if (first != last && param.row == last) where += " or in a later one up to " + name_of(param);
+  }
   TORCH_CHECK(false, "regfused.SGD.step: nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
 }
 

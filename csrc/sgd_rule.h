@@ -48,7 +48,7 @@ template <class T>
 struct SgdGradient {
   T factor, sign;
 
-  SgdGradient(const SgdHyper& hyper, double grad_scale)
+  REGFUSED_RULE SgdGradient(const SgdHyper& hyper, double grad_scale)
       : factor(T(1 / grad_scale)), sign(hyper.maximize ? T(-1) : T(1)) {}
 
   template <class V>
@@ -64,7 +64,7 @@ struct SgdGradient {
 // g', p -> h: what the norm is taken of.
 template <class T>
 struct SgdNormGradient : ElasticNetGradient<T> {
-  explicit SgdNormGradient(const SgdHyper& hyper)
+  REGFUSED_RULE explicit SgdNormGradient(const SgdHyper& hyper)
       : ElasticNetGradient<T>(1, hyper.penalty_in_norm() ? hyper.l1 : 0, hyper.penalty_in_norm() ? 2 * hyper.l2 : 0) {}
 };
 
@@ -80,7 +80,7 @@ struct SgdRule {
   T step;   // factor of u, negative
   bool first, nesterov;
 
-  SgdRule(const SgdHyper& h, double clip_coef, bool first)
+  REGFUSED_RULE SgdRule(const SgdHyper& h, double clip_coef, bool first)
       : direction(clip_coef, penalty_gain(h, clip_coef) * h.l1,
                   penalty_gain(h, clip_coef) * 2 * h.l2 + (h.decoupled_weight_decay ? 0 : h.weight_decay)),
         proximal(h.proximal ? h.lr * h.l1 : 0, h.proximal ? 2 * h.lr * h.l2 : 0),
@@ -106,7 +106,7 @@ struct SgdRule {
   }
 
  private:
-  static double penalty_gain(const SgdHyper& h, double clip_coef) {
+  REGFUSED_RULE static double penalty_gain(const SgdHyper& h, double clip_coef) {
     return h.proximal ? 0 : h.penalty_in_clip ? clip_coef : 1;
   }
 };

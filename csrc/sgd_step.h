@@ -2,7 +2,6 @@
 // told and reports. No torch in here: drivers, kernels and stand-alone tests share it.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "norm_rule.h"
@@ -12,16 +11,13 @@ namespace regfused {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 
-// Elements of one chunk. Fixed: partial norms, and so every bit of the result, do not depend on
-// the number of threads. 16 K elements keep three fp32 arrays of a chunk inside a 256 KB cache.
-constexpr int64_t kChunk = 16384;
-
 struct SgdTensor {
   void* param = nullptr;
   void* grad = nullptr;             // nullptr: no gradient, this step passes the tensor by
   void* momentum_buffer = nullptr;  // nullptr: a step without momentum
   int64_t numel = 0;
   int32_t group = 0;
+  int8_t device = 0;  // an index of the driver's
   DType dtype = DType::float32;
   bool first = false;  // the first gradient of this parameter: what the buffer holds is not read as b
 };
@@ -38,6 +34,12 @@ struct SgdScalars {
   double clip_coef = 1;
   NormType norm_type = NormType::two;
   bool write_unscaled_grad = false;  // torch's AMP contract: leave g / grad_scale in the gradient
+
+  // Where a device takes the whole step without the host: what it makes the clip coefficient of,
+  // and decides by whether the step happens.
+  bool clips = false;
+  double max_norm = 0;
+  bool skip_nonfinite = false;
 };
 
 // What one chunk contributes to the numbers of a step.

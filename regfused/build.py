@@ -25,7 +25,7 @@ def build_info() -> BuildInfo:
         A dictionary that prints as a table: ``regfused``, ``torch`` and ``python`` (versions that run), ``compiled``
         (True, or why the compiled part is not used), ``threads``, and where it is compiled ``built for torch``,
         ``compiler``, ``isa`` (in use; the environment variable ``REGFUSED_ISA`` chooses another), ``isas`` (that this
-        machine runs) and ``cuda`` (None: no CUDA code was built).
+        machine runs) and ``cuda`` (toolkit and architectures of the CUDA code, or why there is none).
 
     Raises:
         RuntimeError: where ``REGFUSED_ISA`` asks for what this machine does not run.
@@ -47,7 +47,7 @@ def build_info() -> BuildInfo:
             "compiler": built["compiler"],
             "isa": built["isa"],
             "isas": ", ".join(built["isas"]),
-            "cuda": built["cuda"],
+            "cuda": built["cuda"] or "not built",
         }
     info["threads"] = torch.get_num_threads()
     return info

@@ -133,9 +133,10 @@ def _why_not_fused(params: list[torch.Tensor]) -> str:
     if extension.C is None:
         return f"the compiled part of regfused, but {extension.why_missing}"
     for i, param in enumerate(params):
-        if param.device.type != "cpu" or param.dtype not in _FUSED_DTYPES or param.layout != torch.strided:
+        devices = ("cpu", "cuda") if extension.C.build_info()["cuda"] else ("cpu",)
+        if param.device.type not in devices or param.dtype not in _FUSED_DTYPES or param.layout != torch.strided:
             return (
-                "dense float32, float64, bfloat16 or float16 parameters on the CPU, but parameter "
+                f"dense float32, float64, bfloat16 or float16 parameters on {' or '.join(devices)}, but parameter "
                 f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}"
             )
     return ""

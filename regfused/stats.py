@@ -20,7 +20,8 @@ class Stats(NamedTuple):
     ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, after the step
     ``skipped``        how many steps so far left no trace, by ``nonfinite="skip"`` or an AMP overflow
 
-    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped.
+    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped. Where CUDA kernels made the step,
+    the tensors are on their device, and reading the stats does not wait for it.
     """
 
     grad_norm: torch.Tensor
@@ -30,29 +31,23 @@ class Stats(NamedTuple):
     skipped: torch.Tensor
 
 
+Number = float | torch.Tensor
+
+
 class Numbers(Protocol):
     """What a step leaves behind for `Stats`: a `Record`, or a plan of the compiled part."""
 
-    @property
-    def grad_norm(self) -> float | torch.Tensor: ...
-    @property
-    def clip_coef(self) -> float | torch.Tensor: ...
-    @property
-    def penalty(self) -> float: ...
-    @property
-    def zeros(self) -> int: ...
-    @property
-    def numel(self) -> int: ...
-    @property
-    def skipped(self) -> int: ...
+    def numbers(self) -> tuple[Number, Number, Number, Number, Number, Number]:
+        """grad_norm, clip_coef, penalty, how many exact zeros, among how many elements, skipped steps."""
+        ...
 
 
 @dataclass
 class Record:
     """The numbers of a step of the reference; tensors stay on their device until somebody reads the stats."""
 
-    grad_norm: float | torch.Tensor = math.nan
-    clip_coef: float | torch.Tensor = 1.0
+    grad_norm: Number = math.nan
+    clip_coef: Number = 1.0
     penalties: list[torch.Tensor] = field(default_factory=list)
     zero_counts: list[torch.Tensor] = field(default_factory=list)
     numel: int = 0
@@ -66,17 +61,19 @@ class Record:
     def zeros(self) -> int:
         return sum(int(count) for count in self.zero_counts)
 
+    def numbers(self) -> tuple[Number, Number, Number, Number, Number, Number]:
+        return self.grad_norm, self.clip_coef, self.penalty, self.zeros, self.numel, self.skipped
 
-def stats_of(numbers: Numbers) -> Stats:
+
+def stats_of(source: Numbers) -> Stats:
     """Stats of a step of the kernels or of the reference."""
-
-    def scalar(value: float | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(value, dtype=torch.float64).detach()
-
+    grad_norm, clip_coef, penalty, zeros, numel, skipped = (
+        torch.as_tensor(number, dtype=torch.float64).detach() for number in source.numbers()
+    )
     return Stats(
-        grad_norm=scalar(numbers.grad_norm),
-        clip_coef=scalar(numbers.clip_coef),
-        penalty=scalar(numbers.penalty),
-        zero_fraction=scalar(numbers.zeros / numbers.numel if numbers.numel else 0.0),
-        skipped=torch.tensor(numbers.skipped, dtype=torch.int64),
+        grad_norm=grad_norm,
+        clip_coef=clip_coef,
+        penalty=penalty,
+        zero_fraction=zeros / numel.clamp(min=1),
+        skipped=skipped.to(torch.int64),
     )

@@ -3,43 +3,31 @@
 
 #include <vector>
 
-#include "../sgd_step.h"
+#include "../sgd_drive.h"
 
 namespace regfused {
 
-// What a step adds up to.
-struct SgdTotals {
-  double penalty = 0;
-  int64_t zeros = 0;
-  int64_t numel = 0;  // elements of the tensors that were stepped
-};
-
-class SgdDriver {
+class SgdOnCpu : public SgdDevice {
  public:
-  std::vector<SgdTensor> tensors;
-  std::vector<SgdHyper> groups;
-
-  // To be called whenever the tensors or their sizes changed: cuts them into chunks.
-  void cut(const SgdKernels* kernels);
-
-  // First pass: the norm of h over all tensors with a gradient, accumulated but not finished.
+  void cut(const SgdWork& work, int8_t index) override;
+  void begin(const SgdWork&) override {}
   // The same bits for any number of threads.
-  double norm(const SgdScalars& scalars);
-
-  // After norm(): the first tensor whose contribution is not finite, or -1.
-  int64_t first_nonfinite() const;
-
-  // Second pass: the update. Cannot fail.
-  SgdTotals step(const SgdScalars& scalars);
+  void measure(const SgdWork& work, const SgdScalars& scalars) override;
+  double measured(const SgdScalars& scalars) override;
+  std::pair<int64_t, int64_t> first_nonfinite() const override;
+  // Cannot fail.
+  void step(const SgdWork& work, const SgdScalars& scalars) override;
+  SgdTotals totals() const override { return totals_; }
 
  private:
   template <class Pass>
-  void run(Pass pass);
+  void run(const SgdWork& work, Pass pass);
 
   const SgdKernels* kernels_ = nullptr;
   std::vector<SgdChunk> chunks_;
-  std::vector<int64_t> work_;  // elements before each chunk, and in all
+  std::vector<int64_t> work_before_;  // each chunk, in elements, and in all
   std::vector<SgdPartial> partials_;
+  SgdTotals totals_;
 };
 
 }  // namespace regfused

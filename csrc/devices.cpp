@@ -1,0 +1,39 @@
+// Which devices have kernels: the one place that knows whether CUDA was built.
+#include "devices.h"
+
+#include "cpu/sgd_drive.h"
+#if defined(REGFUSED_CUDA)
+#include "cuda/sgd_drive.h"
+#include "cuda/sgd_launch.h"
+#endif
+
+namespace regfused {
+
+#if defined(REGFUSED_CUDA)
+
+bool has_kernels(c10::Device device) { return device.is_cpu() || device.is_cuda(); }
+
+const char* where_kernels_run() { return "on the CPU or a CUDA device"; }
+
+std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) {
+  if (device.is_cuda()) return std::make_unique<SgdOnCuda>(device);
+  return std::make_unique<SgdOnCpu>();
+}
+
+std::string cuda_built() { return sgd_cuda_built(); }
+
+#else
+
+bool has_kernels(c10::Device device) { return device.is_cpu(); }
+
+const char* where_kernels_run() { return "on the CPU"; }
+
+std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
+
+std::string cuda_built() { return ""; }
+
+#endif
+
+bool is_asynchronous(c10::Device device) { return !device.is_cpu(); }
+
+}  // namespace regfused

@@ -1,0 +1,27 @@
+// Which devices have kernels: the one place that knows whether CUDA was built.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include <c10/core/Device.h>
+
+#include "sgd_drive.h"
+
+namespace regfused {
+
+bool has_kernels(c10::Device device);
+
+// For messages: "on the CPU", or "on the CPU or a CUDA device".
+const char* where_kernels_run();
+
+// Whether work on this device goes on while the host does something else, so that reading a
+// number from its memory would make the host wait.
+bool is_asynchronous(c10::Device device);
+
+std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device);
+
+// What of CUDA was built, such as "13.0: sm_80, sm_90", or an empty string.
+std::string cuda_built();
+
+}  // namespace regfused
