@@ -1,17 +1,63 @@
 """Builds regfused._C: lists the sources and decides whether CUDA is compiled; everything else is in pyproject.toml."""
 
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
+# torch finds the toolkit beside the nvcc on the path, which may be a wrapper that is far from it.
+if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/bin/nvcc").exists():
+    os.environ["CUDA_HOME"] = "/usr/local/cuda"
+
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
         f"regfused is compiled against the torch you train with, but torch cannot be imported here ({error}).\n"
         "Install torch first, then: pip install --no-build-isolation ."
     )
+
+
+def toolkit() -> str:
+    """The version of nvcc, such as "13.0", or an empty string."""
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.exists():
+        return ""
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    return version[1] if version else ""
+
+
+def why_no_cuda() -> str:
+    """Why the CUDA kernels are not compiled, or an empty string. A GPU is not needed for that."""
+    asked = os.environ.get("REGFUSED_CUDA", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"REGFUSED_CUDA must be 0 (no CUDA kernels) or 1 (demand them), but is {asked!r}")
+    if asked == "0":
+        return "REGFUSED_CUDA=0"
+    nvcc = toolkit()
+    why = ""
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    elif not nvcc:
+        why = f"torch is built for CUDA {torch.version.cuda}, but there is no nvcc (CUDA_HOME is {CUDA_HOME})"
+    elif nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        why = f"torch is built for CUDA {torch.version.cuda}, but nvcc is {nvcc}"
+    if why and asked == "1":
+        sys.exit(f"REGFUSED_CUDA=1 demands the CUDA kernels, but {why}")
+    return why
+
+
+def default_architectures() -> str:
+    """What this nvcc knows of the architectures that people have, and PTX of the last one for later ones."""
+    known = subprocess.check_output([shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or "nvcc", "--list-gpu-arch"], text=True)
+    wanted = [arch for arch in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0") if f"compute_{arch.replace('.', '')}\n" in known]
+    return " ".join(wanted) + "+PTX"
+
 
 sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
@@ -33,8 +79,30 @@ flags = [
     "-fno-trapping-math",
 ]
 
+no_cuda = why_no_cuda()
+if no_cuda:
+    print(f"regfused: without CUDA kernels: {no_cuda}")
+    cpu_sources = [source for source in sources if Path(source).parts[1] != "cuda"]
+    extension = CppExtension("regfused._C", cpu_sources, extra_compile_args=flags)
+else:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
+    print(f"regfused: with CUDA kernels, nvcc {toolkit()}, for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    nvcc_flags = [
+        "-std=c++20",
+        "-O3",
+        "-fmad=false",  # the same arithmetic as on the CPU; memory is what limits the kernels
+        "-Xcompiler=-fvisibility=hidden",
+        "-Werror=all-warnings",
+    ]
+    extension = CUDAExtension(
+        "regfused._C",
+        [*sources, *sorted(str(path) for path in Path("csrc").rglob("*.cu"))],
+        define_macros=[("REGFUSED_CUDA", None)],
+        extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
+    )
+
 setup(
-    ext_modules=[CppExtension("regfused._C", sources, extra_compile_args=flags)],
+    ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
     options={"build_ext": {"build_temp": f"build/{sys.implementation.cache_tag}"}},
 )

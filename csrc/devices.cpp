@@ -34,6 +34,8 @@ std::string cuda_built() { return ""; }
 
 #endif
 
+c10::Device kernel_device(const at::Tensor& tensor) { return tensor.device(); }
+
 bool is_asynchronous(c10::Device device) { return !device.is_cpu(); }
 
 }  // namespace regfused

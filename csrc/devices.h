@@ -12,6 +12,9 @@ namespace regfused {
 
 bool has_kernels(c10::Device device);
 
+// The device whose kernels step a tensor.
+c10::Device kernel_device(const at::Tensor& tensor);
+
 // For messages: "on the CPU", or "on the CPU or a CUDA device".
 const char* where_kernels_run();
 

@@ -52,9 +52,6 @@ class SgdDevice {
 // A device that works while the host goes on, and can judge the norm by itself.
 class SgdAsyncDevice : public SgdDevice {
  public:
-  // What of the device's numbers() is where.
-  enum Number { kGradNorm, kClipCoef, kPenalty, kZeros, kNumel, kSkipped, kNumbers };
-
   virtual bool is_capturing() const = 0;
   // After measure(): what was measured, in the memory of the device.
   virtual at::Tensor partials() const = 0;
@@ -62,7 +59,7 @@ class SgdAsyncDevice : public SgdDevice {
   // skipped step is to be counted here.
   virtual void judge_and_step(const SgdWork& work, const SgdScalars& scalars,
                               const std::vector<at::Tensor>& partials_of_all, bool counts) = 0;
-  // Of the last step, in the memory of the device; kSkipped counts since the beginning.
+  // An SgdRecord of the last step, in the memory of the device; skipped steps are counted since the beginning.
   virtual at::Tensor numbers() const = 0;
 };
 

@@ -95,7 +95,7 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
     row.param = param.data_ptr();
     row.grad = grad.data_ptr();
     row.numel = param.numel();
-    row.device = driver.index_of(param.device());
+    row.device = driver.index_of(kernel_device(param));
     row.dtype = dtype_of(param);
     memory.push_back(memory_of(param));
     if (momentum != 0) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <unordered_map>
 
+#include "devices.h"
 #include "python_values.h"
 #include "sgd_check.h"
 
@@ -186,7 +187,7 @@ void SgdPlan::plan_row(Param& param, PyObject* buffer_object) {
   row.param = tensor.data_ptr();
   row.numel = tensor.numel();
   row.group = param.group;
-  row.device = driver_.index_of(tensor.device());
+  row.device = driver_.index_of(kernel_device(tensor));
   row.dtype = dtype_of(tensor);
   driver_.tensors.push_back(row);
 }

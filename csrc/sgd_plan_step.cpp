@@ -142,15 +142,15 @@ void SgdPlan::count(double more_penalty, double more_zeros, double more_numel) {
 }
 
 py::tuple SgdPlan::numbers() const {
-  std::array<py::object, SgdAsyncDevice::kNumbers> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
+  std::array<py::object, kRecordSize> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
                                                           py::float_(totals_.penalty), py::float_(totals_.zeros),
                                                           py::float_(totals_.numel),   py::float_(double(skipped_))};
   const std::vector<at::Tensor> of_devices = driver_.numbers();
   if (!of_devices.empty()) {
     const at::Device home = of_devices.front().device();
-    for (int i = devices_judged_ ? 0 : SgdAsyncDevice::kPenalty; i < SgdAsyncDevice::kNumbers; ++i) {
+    for (int i = devices_judged_ ? 0 : kPenalty; i < kRecordSize; ++i) {
       at::Tensor number = of_devices.front().select(0, i);
-      if (i >= SgdAsyncDevice::kPenalty) {
+      if (i >= kPenalty) {
         for (size_t d = 1; d < of_devices.size(); ++d)
           number = number.add(of_devices[d].select(0, i).to(home, /*non_blocking=*/true));
         number = number.add(py::cast<double>(all[i]));

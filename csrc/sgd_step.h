@@ -49,6 +49,17 @@ struct SgdPartial {
   int64_t zeros = 0;   // exact zeros among the parameters after the step
 };
 
+// The numbers of a step, where they lie side by side as doubles.
+enum SgdRecord {
+  kGradNorm,
+  kClipCoef,
+  kPenalty,
+  kZeros,  // exact zeros
+  kNumel,  // elements of the tensors that were stepped
+  kSkipped,
+  kRecordSize
+};
+
 // The two passes over one chunk, compiled once per instruction set.
 struct SgdKernels {
   const char* isa;

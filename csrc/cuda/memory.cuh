@@ -1,0 +1,97 @@
+// Storage types on a CUDA device: conversion, and access to 16 bytes at once. The only place that
+// knows dtypes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace regfused {
+
+// The type of arithmetic for a storage type.
+template <class S>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class S>
+using Arithmetic = typename ArithmeticOf<S>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// To nearest, ties to even.
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
+constexpr int kAccessBytes = 16;
+
+// Elements that fill one access.
+template <class S>
+constexpr int kPerAccess = kAccessBytes / int(sizeof(S));
+
+// N consecutive elements: one, or as many as fill one access; then they must lie at a multiple of
+// its size.
+template <class S, int N>
+struct Pack {
+  S at[N];
+
+  __device__ __forceinline__ void load(const S* from) {
+    if constexpr (N * sizeof(S) == kAccessBytes) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      memcpy(at, &bits, sizeof bits);
+    } else {
+      static_assert(N == 1);
+      at[0] = *from;
+    }
+  }
+  __device__ __forceinline__ void store(S* to) const {
+    if constexpr (N * sizeof(S) == kAccessBytes) {
+      uint4 bits;
+      memcpy(&bits, at, sizeof bits);
+      *reinterpret_cast<uint4*>(to) = bits;
+    } else {
+      static_assert(N == 1);
+      *to = at[0];
+    }
+  }
+};
+
+// Elements before the first one that lies at a multiple of the access size, of n.
+template <class S>
+__device__ __forceinline__ int elements_before_aligned(const S* array, int n) {
+  const int past = int(reinterpret_cast<uintptr_t>(array) % kAccessBytes);
+  const int before = past ? (kAccessBytes - past) / int(sizeof(S)) : 0;
+  return before < n ? before : n;
+}
+
+template <class S>
+__device__ __forceinline__ bool same_alignment(const S* a, const S* b) {
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kAccessBytes == 0;
+}
+
+// Calls body.template operator()<N>(i) so that the threads of the block cover the elements [0, n)
+// once: N = kPerAccess where all arrays can be accessed 16 bytes at once, N = 1 for the ends that
+// are left, and for everything where the arrays are `apart`, that is, aligned differently. `array`
+// is one of them.
+template <class S, class Body>
+__device__ __forceinline__ void for_each_access(const S* array, int n, bool apart, const Body& body) {
+  constexpr int N = kPerAccess<S>;
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int head = apart ? n : elements_before_aligned(array, n);
+  const int tail = head + (n - head) / N * N;
+  for (int i = thread; i < head; i += threads) body.template operator()<1>(i);
+  for (int i = head + thread * N; i < tail; i += threads * N) body.template operator()<N>(i);
+  for (int i = tail + thread; i < n; i += threads) body.template operator()<1>(i);
+}
+
+}  // namespace regfused

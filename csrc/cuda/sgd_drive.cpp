@@ -1,0 +1,287 @@
+// Runs the two passes of an SGD step over the tensors of a CUDA device.
+#include "sgd_drive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "stream.h"
+
+namespace regfused {
+
+namespace {
+
+// A model is cut into about this many chunks, so that a million elements fill a large card and the partial norms of
+// any model are summed up at once by a block. Many small tensors make more.
+constexpr int64_t kChunks = 2048;
+constexpr int64_t kSmallestChunk = 1024;  // an access of 16 bytes for each thread of a block
+constexpr int64_t kLargestChunk = 32768;  // larger ones gain nothing: what a chunk costs is long hidden
+
+// At most this many spans, as every block of the step adds up all partial norms.
+constexpr int64_t kSpans = 4096;
+
+// A power of two, by the size of the model alone, not by the card: the same bits on all cards.
+int64_t chunk_for(int64_t numel) {
+  int64_t chunk = kSmallestChunk;
+  while (chunk < kLargestChunk && chunk * kChunks < numel) chunk *= 2;
+  return chunk;
+}
+
+// A grid that leaves every block the same number of spans, or one less.
+int blocks_for(int64_t spans, int resident) {
+  const int64_t rounds = std::max<int64_t>((spans + resident - 1) / resident, 1);
+  return static_cast<int>(std::max<int64_t>((spans + rounds - 1) / rounds, 1));
+}
+
+static_assert(sizeof(SgdChunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && sizeof(SgdDeviceGroup) % 8 == 0 &&
+              sizeof(SgdGrad) == 8);
+
+}  // namespace
+
+SgdOnCuda::SgdOnCuda(c10::Device device) : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()) {
+  record_ = at::zeros({kRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
+}
+
+cudaStream_t SgdOnCuda::stream() const { return current_stream(device_); }
+
+bool SgdOnCuda::is_capturing() const {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream(), &status), "tell whether a stream is capturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+at::Tensor SgdOnCuda::allocate(size_t bytes) const {
+  return at::empty({static_cast<int64_t>((bytes + 7) / 8)}, at::TensorOptions().device(memory_).dtype(at::kDouble));
+}
+
+// The old memory may still be in use: by kernels on another stream, or by a graph at its next replay.
+void SgdOnCuda::replace(at::Tensor& old, at::Tensor by) {
+  if (old.defined()) {
+    if (was_captured_)
+      retired_.push_back(old);
+    else
+      in_use_on_current_stream(old);
+  }
+  old = std::move(by);
+}
+
+void SgdOnCuda::send(const at::Tensor& to, const void* from, size_t bytes) {
+  if (bytes > 0) check_cuda(upload(to.data_ptr(), from, bytes, stream()), "upload a table");
+}
+
+// --- The tables -----------------------------------------------------------------------------------
+
+void SgdOnCuda::cut(const SgdWork& work, int8_t index) {
+  rows_.clear();
+  for (size_t row = 0; row < work.tensors.size(); ++row)
+    if (work.tensors[row].device == index) rows_.push_back(static_cast<int32_t>(row));
+  is_uploaded_ = false;
+}
+
+void SgdOnCuda::cut_chunks(const SgdWork& work) {
+  int64_t numel = 0;
+  for (const int32_t row : rows_) numel += work.tensors[row].numel;
+  const int64_t chunk = chunk_for(numel);
+  chunks_.clear();
+  for (size_t t = 0; t < rows_.size(); ++t) {
+    const int64_t size = work.tensors[rows_[t]].numel;
+    for (int64_t begin = 0; begin < size; begin += chunk)
+      chunks_.push_back({static_cast<int32_t>(t), static_cast<int32_t>(std::min(chunk, size - begin)), begin});
+  }
+  TORCH_CHECK(chunks_.size() < size_t(1) << 30, "regfused: too many elements on one device");
+  span_ = static_cast<int32_t>((static_cast<int64_t>(chunks_.size()) + kSpans - 1) / kSpans);
+  span_ = std::max(span_, 1);
+  // Of nothing at all there is one span, whose norm is 0.
+  span_count_ = std::max(static_cast<int32_t>((static_cast<int64_t>(chunks_.size()) + span_ - 1) / span_), 1);
+}
+
+void SgdOnCuda::begin(const SgdWork& work) {
+  const c10::DeviceGuard guard(memory_);
+  converted_.clear();
+  update_table(work);
+  if (!is_uploaded_) {
+    TORCH_CHECK(!is_capturing(),
+                "regfused.SGD.step: in a CUDA graph a step must find everything as the step before left it, but "
+                "parameters, momentum buffers or groups are new (take a step before the capture)");
+    cut_chunks(work);
+    upload_tables();
+  }
+  was_captured_ |= is_capturing();
+  collect_each(work);
+}
+
+// Notes where the tables on the device are out of date.
+void SgdOnCuda::update_table(const SgdWork& work) {
+  is_uploaded_ &= table_.size() == rows_.size();
+  table_.resize(rows_.size());
+  for (size_t t = 0; t < rows_.size(); ++t) {
+    const SgdTensor& tensor = work.tensors[rows_[t]];
+    SgdDeviceTensor& known = table_[t];
+    // Where a tensor has no gradient its buffer does not matter.
+    void* buffer = tensor.grad || !is_uploaded_ ? tensor.momentum_buffer : known.momentum_buffer;
+    is_uploaded_ &= known.param == tensor.param && known.momentum_buffer == buffer && known.group == tensor.group &&
+                    known.dtype == tensor.dtype;
+    known = {tensor.param, buffer, tensor.group, tensor.dtype};
+  }
+}
+
+void SgdOnCuda::upload_tables() {
+  doubles_ = false;
+  for (const SgdDeviceTensor& tensor : table_) doubles_ |= tensor.dtype == DType::float64;
+  check_cuda(sgd_resident_blocks(device_.index(), doubles_, resident_), "tell how many blocks it runs at once");
+  const size_t chunk_bytes = chunks_.size() * sizeof(SgdChunk);
+  const size_t table_bytes = table_.size() * sizeof(SgdDeviceTensor);
+  std::vector<unsigned char> bytes(chunk_bytes + table_bytes);
+  std::copy_n(reinterpret_cast<const unsigned char*>(chunks_.data()), chunk_bytes, bytes.data());
+  std::copy_n(reinterpret_cast<const unsigned char*>(table_.data()), table_bytes, bytes.data() + chunk_bytes);
+  replace(tables_, allocate(bytes.size()));
+  replace(partials_, allocate(sizeof(double) * span_count_));
+  replace(sums_, at::zeros({2, span_count_}, partials_.options()));
+  send(tables_, bytes.data(), bytes.size());
+  is_uploaded_ = true;
+}
+
+// --- One step -------------------------------------------------------------------------------------
+
+void SgdOnCuda::collect_each(const SgdWork& work) {
+  constexpr size_t kGroupWords = sizeof(SgdDeviceGroup) / 8;
+  each_.assign(work.groups.size() * kGroupWords + rows_.size(), 0);
+  for (size_t g = 0; g < work.groups.size(); ++g) {
+    SgdDeviceGroup group{};
+    group.hyper = work.groups[g];
+    group.lr = number(work.lr[g], work.groups[g].lr);
+    std::memcpy(each_.data() + g * kGroupWords, &group, sizeof group);
+  }
+  numel_ = 0;
+  uint64_t* grads = each_.data() + work.groups.size() * kGroupWords;
+  for (size_t t = 0; t < rows_.size(); ++t) {
+    const SgdTensor& tensor = work.tensors[rows_[t]];
+    if (!tensor.grad) continue;
+    grads[t] = SgdGrad(tensor.grad, tensor.first).word;
+    numel_ += static_cast<double>(tensor.numel);
+  }
+  const size_t bytes = each_.size() * sizeof(uint64_t);
+  if (bytes <= room_for_each_) return;
+  if (!far_each_.defined() || far_each_.nbytes() < bytes) {
+    TORCH_CHECK(!is_capturing(), "regfused.SGD.step: take a step before the capture in a CUDA graph");
+    replace(far_each_, allocate(bytes));
+  }
+  send(far_each_, each_.data(), bytes);
+}
+
+// A number on the device where there is one, in a type that the kernels read.
+SgdNumber SgdOnCuda::number(const at::Tensor& tensor, double value) const {
+  if (!tensor.defined()) return {value, nullptr, false};
+  at::Tensor here = tensor;
+  const at::ScalarType read_as = here.scalar_type() == at::kFloat ? at::kFloat : at::kDouble;
+  if (here.scalar_type() != read_as || here.device() != memory_) {
+    here = here.to(memory_, read_as, /*non_blocking=*/true);
+    converted_.push_back(here);
+  }
+  return {0, here.data_ptr(), here.scalar_type() == at::kDouble};
+}
+
+SgdJob SgdOnCuda::job(const SgdWork& work, const SgdScalars& scalars) const {
+  SgdJob job;
+  job.chunks = static_cast<const SgdChunk*>(tables_.data_ptr());
+  job.tensors = reinterpret_cast<const SgdDeviceTensor*>(job.chunks + chunks_.size());
+  job.chunk_count = static_cast<int32_t>(chunks_.size());
+  job.span = span_;
+  job.span_count = span_count_;
+  job.group_count = static_cast<int32_t>(work.groups.size());
+  job.partials = static_cast<double*>(partials_.data_ptr());
+  job.sums = static_cast<double*>(sums_.data_ptr());
+  job.record = static_cast<double*>(record_.data_ptr());
+  if (each_.size() * sizeof(uint64_t) > room_for_each_)
+    job.each = static_cast<const unsigned char*>(far_each_.data_ptr());
+  job.grad_scale = number(work.grad_scale, scalars.grad_scale);
+  job.found_inf = number(work.found_inf, 0);
+  job.clip_coef = scalars.clip_coef;
+  job.max_norm = scalars.max_norm;
+  job.numel = numel_;
+  job.norm_type = scalars.norm_type;
+  job.clips = scalars.clips;
+  job.skip_nonfinite = scalars.skip_nonfinite;
+  job.write_unscaled_grad = scalars.write_unscaled_grad;
+  return job;
+}
+
+void SgdOnCuda::measure(const SgdWork& work, const SgdScalars& scalars) {
+  const c10::DeviceGuard guard(memory_);
+  check_cuda(launch_sgd_norm(job(work, scalars), reinterpret_cast<const unsigned char*>(each_.data()),
+                             each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.norm),
+                             stream()),
+             "launch the norm kernel");
+}
+
+double SgdOnCuda::measured(const SgdScalars& scalars) {
+  const at::Tensor partials = partials_.to(at::kCPU);
+  const auto* values = static_cast<const double*>(partials.data_ptr());
+  measured_.assign(values, values + span_count_);
+  double accumulated = 0;
+  for (const double partial : measured_) accumulated = norm_combine(scalars.norm_type, accumulated, partial);
+  return accumulated;
+}
+
+std::pair<int64_t, int64_t> SgdOnCuda::first_nonfinite() const {
+  for (size_t s = 0; s < measured_.size(); ++s) {
+    if (std::isfinite(measured_[s])) continue;
+    const size_t begin = s * span_, end = std::min(begin + span_, chunks_.size());
+    return {rows_[chunks_[begin].tensor], rows_[chunks_[end - 1].tensor]};
+  }
+  return {-1, -1};
+}
+
+void SgdOnCuda::launch_step(const SgdJob& job) {
+  check_cuda(launch_sgd_step(job, reinterpret_cast<const unsigned char*>(each_.data()),
+                             each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.step),
+                             stream()),
+             "launch the step kernel");
+}
+
+void SgdOnCuda::step(const SgdWork& work, const SgdScalars& scalars) {
+  const c10::DeviceGuard guard(memory_);
+  launch_step(job(work, scalars));
+}
+
+void SgdOnCuda::judge_and_step(const SgdWork& work, const SgdScalars& scalars,
+                               const std::vector<at::Tensor>& partials_of_all, bool counts) {
+  const c10::DeviceGuard guard(memory_);
+  SgdJob judging = job(work, scalars);
+  judging.judges = true;
+  judging.counts_skips = counts;
+  if (partials_of_all.size() == 1) {
+    judging.gathered = judging.partials;
+    judging.gathered_count = span_count_;
+  } else if (!partials_of_all.empty()) {
+    gather(partials_of_all);
+    judging.gathered = static_cast<const double*>(gathered_.data_ptr());
+    judging.gathered_count = static_cast<int32_t>(gathered_.numel());
+  }
+  launch_step(judging);
+}
+
+// torch's copies between devices wait for each other on the devices, not on the host.
+void SgdOnCuda::gather(const std::vector<at::Tensor>& partials_of_all) {
+  int64_t total = 0;
+  for (const at::Tensor& partials : partials_of_all) total += partials.numel();
+  if (!gathered_.defined() || gathered_.numel() != total) replace(gathered_, allocate(total * sizeof(double)));
+  int64_t begin = 0;
+  for (const at::Tensor& partials : partials_of_all) {
+    gathered_.narrow(0, begin, partials.numel()).copy_(partials, /*non_blocking=*/true);
+    begin += partials.numel();
+  }
+}
+
+at::Tensor SgdOnCuda::numbers() const {
+  const c10::DeviceGuard guard(memory_);
+  at::Tensor numbers = record_.clone();
+  numbers.narrow(0, kPenalty, 2).copy_(sums_.sum(1));
+  return numbers;
+}
+
+}  // namespace regfused

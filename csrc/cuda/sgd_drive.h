@@ -1,0 +1,77 @@
+// Runs the two passes of an SGD step over the tensors of a CUDA device.
+#pragma once
+
+#include <vector>
+
+#include "../sgd_drive.h"
+#include "sgd_launch.h"
+
+namespace regfused {
+
+// Two launches for a step, one where nothing needs a norm. What stays the same from step to step is in
+// tables in the memory of the device, uploaded when it changed; the rest are arguments of the kernels.
+// Only with more tensors than fit there (some 4000) a launch for each 500 of them goes ahead.
+class SgdOnCuda : public SgdAsyncDevice {
+ public:
+  explicit SgdOnCuda(c10::Device device);
+
+  void cut(const SgdWork& work, int8_t index) override;
+  void begin(const SgdWork& work) override;
+  void measure(const SgdWork& work, const SgdScalars& scalars) override;
+  double measured(const SgdScalars& scalars) override;
+  std::pair<int64_t, int64_t> first_nonfinite() const override;
+  void step(const SgdWork& work, const SgdScalars& scalars) override;
+  SgdTotals totals() const override { return {}; }  // the device has them
+
+  bool is_capturing() const override;
+  at::Tensor partials() const override { return partials_; }
+  void judge_and_step(const SgdWork& work, const SgdScalars& scalars, const std::vector<at::Tensor>& partials_of_all,
+                      bool counts) override;
+  at::Tensor numbers() const override;
+
+ private:
+  void cut_chunks(const SgdWork& work);
+  void update_table(const SgdWork& work);
+  void upload_tables();
+  void collect_each(const SgdWork& work);
+  SgdNumber number(const at::Tensor& tensor, double value) const;
+  SgdJob job(const SgdWork& work, const SgdScalars& scalars) const;
+  void launch_step(const SgdJob& job);
+  void gather(const std::vector<at::Tensor>& partials_of_all);
+  at::Tensor allocate(size_t bytes) const;
+  void replace(at::Tensor& old, at::Tensor by);
+  void send(const at::Tensor& to, const void* from, size_t bytes);
+  cudaStream_t stream() const;
+
+  c10::Device device_;
+  c10::Device memory_;  // where its tensors are
+  SgdResidentBlocks resident_;
+  size_t room_for_each_ = 0;
+
+  // On the host.
+  std::vector<int32_t> rows_;  // of SgdWork::tensors: those on this device
+  std::vector<SgdChunk> chunks_;
+  std::vector<SgdDeviceTensor> table_;  // as uploaded
+  std::vector<uint64_t> each_;          // groups and gradients of this step
+  std::vector<double> measured_;        // partials, where the host judges
+  int32_t span_ = 1, span_count_ = 0;
+  double numel_ = 0;  // of the tensors that this step updates
+  bool doubles_ = false;
+  bool is_uploaded_ = false;
+
+  // On the device.
+  at::Tensor tables_;    // chunks, then tensors
+  at::Tensor partials_;  // a double for each span
+  at::Tensor gathered_;  // partials of all devices, where there are several
+  at::Tensor sums_;      // two doubles for each span
+  at::Tensor record_;
+  at::Tensor far_each_;  // each_, where it does not fit the arguments
+  // Numbers in other types or on another device than the kernels read, for one step.
+  mutable std::vector<at::Tensor> converted_;
+
+  // What a CUDA graph that was captured may still read when it is replayed.
+  bool was_captured_ = false;
+  std::vector<at::Tensor> retired_;
+};
+
+}  // namespace regfused

@@ -1,0 +1,107 @@
+// What the host tells the kernels of an SGD step on a CUDA device. No torch and no CUDA in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../sgd_step.h"
+
+namespace regfused {
+
+// Threads of a block, in every kernel: a norm is added up in an order that depends on it.
+constexpr int kThreads = 256;
+
+// A number of the host, or one in the memory of the device, float32 or float64.
+struct SgdNumber {
+  double value = 0;
+  const void* at = nullptr;
+  bool is_double = false;
+
+  REGFUSED_RULE double get() const {
+    if (!at) return value;
+    return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+  }
+};
+
+// What of a tensor stays the same from step to step; a table in the memory of the device.
+struct SgdDeviceTensor {
+  void* param;
+  void* momentum_buffer;
+  int32_t group;
+  DType dtype;
+};
+
+// What may differ in each step, group by group and tensor by tensor. It goes along with the
+// arguments of the kernels: nothing to upload, and right in a CUDA graph.
+struct SgdDeviceGroup {
+  SgdHyper hyper;
+  SgdNumber lr;  // counts instead of hyper.lr
+
+  REGFUSED_RULE SgdHyper read() const {
+    SgdHyper now = hyper;
+    now.lr = lr.get();
+    return now;
+  }
+};
+
+// The address of a gradient, 0 for none. Elements are two bytes or more, so the lowest bit is free:
+// it says whether this is the first gradient of the parameter.
+struct SgdGrad {
+  uint64_t word = 0;
+
+  SgdGrad() = default;
+  SgdGrad(const void* grad, bool first) : word(reinterpret_cast<uintptr_t>(grad) | (first ? 1 : 0)) {}
+
+  REGFUSED_RULE bool is_none() const { return word == 0; }
+  REGFUSED_RULE bool first() const { return word & 1; }
+  REGFUSED_RULE void* grad() const { return reinterpret_cast<void*>(word & ~uint64_t(1)); }
+};
+
+// One step over the tensors of one device. Pointers are to the memory of the device.
+//
+// Chunks are dealt out in spans of `span` consecutive ones. A span is worked on by one block and
+// adds up to one partial norm, whatever the grid: the norm has the same bits on every grid.
+struct SgdJob {
+  const SgdDeviceTensor* tensors = nullptr;
+  const SgdChunk* chunks = nullptr;
+  int32_t chunk_count = 0;
+  int32_t span = 1;
+  int32_t span_count = 0;
+  int32_t group_count = 0;
+
+  double* partials = nullptr;        // one for each span: what the norm kernel found
+  const double* gathered = nullptr;  // partials of all devices; null: the step needs no norm, or the host has judged it
+  int32_t gathered_count = 0;
+  double* sums = nullptr;    // penalty, then exact zeros, one of each for each span
+  double* record = nullptr;  // SgdRecord
+
+  // SgdDeviceGroup[group_count], then an SgdGrad for each tensor. Null: they stand behind the job, in the arguments.
+  const unsigned char* each = nullptr;
+
+  SgdNumber grad_scale;
+  SgdNumber found_inf;  // other than 0: the step is skipped
+  double clip_coef = 1;  // where the host has judged
+  double max_norm = 0;
+  double numel = 0;  // elements that this step updates
+  NormType norm_type = NormType::two;
+  bool judges = false;  // the device does, not the host
+  bool clips = false;
+  bool skip_nonfinite = false;
+  bool counts_skips = false;
+  bool write_unscaled_grad = false;
+};
+
+// How many bytes of arguments a kernel can have: everywhere, and with toolkit and driver 12.1 or newer.
+constexpr size_t kSmallArguments = 4096;
+constexpr size_t kLargeArguments = 32764;
+
+template <size_t kBytes>
+struct SgdArguments {
+  static constexpr size_t kRoom = (kBytes - sizeof(SgdJob)) / 16 * 16;
+  SgdJob job;
+  alignas(8) unsigned char each[kRoom];
+};
+static_assert(sizeof(SgdArguments<kSmallArguments>) <= kSmallArguments);
+static_assert(sizeof(SgdArguments<kLargeArguments>) <= kLargeArguments);
+
+}  // namespace regfused

@@ -1,0 +1,283 @@
+// The two passes of an SGD step on a CUDA device.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "block.cuh"
+#include "memory.cuh"
+#include "sgd_job.h"
+
+namespace regfused {
+
+// What the step made of one parameter group: see ../sgd_rule.h.
+template <class T>
+struct SgdNormRules {
+  SgdGradient<T> gradient;
+  SgdNormGradient<T> h;
+  bool reads_param;
+};
+template <class T>
+struct SgdStepRules {
+  SgdGradient<T> gradient;
+  SgdRule<T> rule;
+  ElasticNetValue<T> penalty;
+  bool has_penalty;
+};
+
+// The parts of a job that may differ in each step.
+struct SgdEach {
+  const SgdDeviceGroup* groups;
+  const SgdGrad* grads;
+
+  __device__ __forceinline__ SgdEach(const SgdJob& job, const unsigned char* behind_the_job) {
+    const unsigned char* each = job.each ? job.each : behind_the_job;
+    groups = reinterpret_cast<const SgdDeviceGroup*>(each);
+    grads = reinterpret_cast<const SgdGrad*>(groups + job.group_count);
+  }
+};
+
+// One chunk, as all threads of a block see it.
+struct SgdPlace {
+  SgdDeviceTensor tensor;
+  SgdGrad grad;
+  int64_t begin;
+  int size;
+
+  __device__ __forceinline__ SgdPlace(const SgdJob& job, const SgdEach& each, int chunk) {
+    const SgdChunk here = job.chunks[chunk];
+    tensor = job.tensors[here.tensor];
+    grad = each.grads[here.tensor];
+    begin = here.begin;
+    size = here.size;
+  }
+  template <class S>
+  __device__ __forceinline__ S* param() const {
+    return static_cast<S*>(tensor.param) + begin;
+  }
+  template <class S>
+  __device__ __forceinline__ S* grads() const {
+    return static_cast<S*>(grad.grad()) + begin;
+  }
+  template <class S>
+  __device__ __forceinline__ S* momentum_buffer() const {
+    return static_cast<S*>(tensor.momentum_buffer) + begin;
+  }
+  // Tells the rules of this chunk from those of others.
+  __device__ __forceinline__ int rules() const {
+    return tensor.group * 4 + (tensor.dtype == DType::float64 ? 2 : 0) + (grad.first() ? 1 : 0);
+  }
+};
+constexpr int kNoRules = -1;
+
+// function.template operator()<S>() for the storage type S. Without kDoubles no tensor is float64.
+template <bool kDoubles, class Function>
+__device__ __forceinline__ void by_dtype(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32: return function.template operator()<float>();
+    case DType::float64:
+      if constexpr (kDoubles) function.template operator()<double>();
+      return;
+    case DType::bfloat16: return function.template operator()<__nv_bfloat16>();
+    case DType::float16: return function.template operator()<__half>();
+  }
+}
+
+// --- The norm -------------------------------------------------------------------------------------
+
+// This thread's share of a chunk, accumulated in A.
+template <class A, class S, bool kPenalty>
+__device__ __forceinline__ A norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules, NormType type) {
+  const S* __restrict__ grads = place.grads<S>();
+  const S* __restrict__ params = place.param<S>();
+  A accumulated = 0;
+  for_each_access(grads, place.size, kPenalty && !same_alignment(grads, params), [&]<int N>(int i) {
+    Pack<S, N> grad, param;
+    grad.load(grads + i);
+    if constexpr (kPenalty) param.load(params + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      Arithmetic<S> h = rules.gradient(widen(grad.at[j]));
+      if constexpr (kPenalty) h = rules.h(h, widen(param.at[j]));
+      accumulated = norm_accumulate(type, accumulated, A(h));
+    }
+  });
+  return accumulated;
+}
+
+// In the type of arithmetic, as this is fast on every card; where that overflows, though no element
+// is infinite, once more in double.
+template <class S, bool kPenalty>
+__device__ __forceinline__ double norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules,
+                                             NormType type) {
+  const Arithmetic<S> fast = norm_share<Arithmetic<S>, S, kPenalty>(place, rules, type);
+  if (sizeof(Arithmetic<S>) == sizeof(double) || fast <= FLT_MAX || fast != fast) return fast;
+  return norm_share<double, S, kPenalty>(place, rules, type);
+}
+
+template <bool kDoubles>
+__device__ __forceinline__ void sgd_norm(const SgdJob& job, const SgdEach& each) {
+  struct Shared {
+    MadeOnce<sizeof(SgdNormRules<double>)> rules;
+    double of_warps[kWarps];
+  };
+  REGFUSED_SHARED(Shared, shared);
+  const NormType type = job.norm_type;
+  int made = kNoRules;
+
+  for (int span = int(blockIdx.x); span < job.span_count; span += int(gridDim.x)) {
+    const int begin = span * job.span;
+    const int end = begin + job.span < job.chunk_count ? begin + job.span : job.chunk_count;
+    double sum = 0;
+    for (int chunk = begin; chunk < end; ++chunk) {
+      const SgdPlace place(job, each, chunk);
+      if (place.grad.is_none()) continue;
+      by_dtype<kDoubles>(place.tensor.dtype, [&]<class S>() {
+        using T = Arithmetic<S>;
+        const auto& rules = shared.rules.template get<SgdNormRules<T>>(place.rules(), made, [&] {
+          const SgdHyper hyper = each.groups[place.tensor.group].read();
+          return SgdNormRules<T>{SgdGradient<T>(hyper, job.grad_scale.get()), SgdNormGradient<T>(hyper),
+                                 hyper.penalty_in_norm()};
+        });
+        const double share =
+            rules.reads_param ? norm_share<S, true>(place, rules, type) : norm_share<S, false>(place, rules, type);
+        sum = norm_combine(type, sum, share);
+      });
+    }
+    sum = block_combine(sum, shared.of_warps, [&](double a, double b) { return norm_combine(type, a, b); });
+    if (threadIdx.x == 0) job.partials[span] = sum;
+    __syncthreads();  // of_warps is free again
+  }
+}
+
+// --- The update -----------------------------------------------------------------------------------
+
+// What a block has to know before it may touch a parameter.
+struct SgdVerdict {
+  double clip_coef;
+  bool skip;
+};
+
+// The norm of all devices in a fixed order, the same bits in every block; thread 0's.
+__device__ __forceinline__ double gathered_norm(const SgdJob& job, double (&of_warps)[kWarps]) {
+  const NormType type = job.norm_type;
+  double accumulated = 0;
+  for (int i = int(threadIdx.x); i < job.gathered_count; i += kThreads)
+    accumulated = norm_combine(type, accumulated, job.gathered[i]);
+  accumulated = block_combine(accumulated, of_warps, [&](double a, double b) { return norm_combine(type, a, b); });
+  return norm_finish(type, accumulated);
+}
+
+__device__ __forceinline__ SgdVerdict judge(const SgdJob& job, double norm) {
+  if (!job.judges) return {job.clip_coef, false};
+  const bool overflow = job.found_inf.get() != 0;
+  const bool nonfinite = job.skip_nonfinite && !(fabs(norm) <= DBL_MAX);
+  const double clip_coef = job.clips ? clip_coefficient(job.max_norm, norm) : 1;
+  return {clip_coef, overflow || nonfinite};
+}
+
+// The numbers of this step, by one thread of the grid. An overflow leaves those of the last step.
+__device__ __forceinline__ void write_record(const SgdJob& job, const SgdVerdict& verdict, double norm) {
+  const bool overflow = job.judges && job.found_inf.get() != 0;
+  if (job.judges && !overflow) {
+    job.record[kGradNorm] = norm;
+    job.record[kClipCoef] = verdict.skip ? 0 : verdict.clip_coef;
+  }
+  if (!verdict.skip) job.record[kNumel] = job.numel;
+  if (verdict.skip && job.counts_skips) job.record[kSkipped] += 1;
+}
+
+// Sums for the record, of this thread.
+template <class T>
+struct SgdSums {
+  T penalty = 0;
+  int zeros = 0;
+};
+
+template <class S, bool kMomentum>
+__device__ __forceinline__ SgdSums<Arithmetic<S>> step_share(const SgdPlace& place,
+                                                             const SgdStepRules<Arithmetic<S>>& rules,
+                                                             bool write_unscaled_grad) {
+  using T = Arithmetic<S>;
+  S* __restrict__ params = place.param<S>();
+  S* __restrict__ grads = place.grads<S>();
+  S* __restrict__ buffers = kMomentum ? place.momentum_buffer<S>() : nullptr;
+  const bool apart = !same_alignment(params, grads) || (kMomentum && !same_alignment(params, buffers));
+  SgdSums<T> sums;
+  for_each_access(params, place.size, apart, [&]<int N>(int i) {
+    Pack<S, N> param, grad, buffer;
+    param.load(params + i);
+    grad.load(grads + i);
+    if constexpr (kMomentum) buffer.load(buffers + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      T p = widen(param.at[j]);
+      T g = widen(grad.at[j]);
+      T b = 0;
+      if constexpr (kMomentum) b = widen(buffer.at[j]);
+      if (write_unscaled_grad) narrow(rules.gradient.unscaled(g), grad.at[j]);
+      if (rules.has_penalty) sums.penalty += rules.penalty(p);
+      rules.rule.template operator()<kMomentum>(p, rules.gradient(g), b);
+      narrow(p, param.at[j]);
+      if constexpr (kMomentum) narrow(b, buffer.at[j]);
+      sums.zeros += widen(param.at[j]) == 0;
+    }
+    param.store(params + i);
+    if constexpr (kMomentum) buffer.store(buffers + i);
+    if (write_unscaled_grad) grad.store(grads + i);
+  });
+  return sums;
+}
+
+template <bool kDoubles>
+__device__ __forceinline__ void sgd_step(const SgdJob& job, const SgdEach& each) {
+  struct Shared {
+    SgdVerdict verdict;
+    MadeOnce<sizeof(SgdStepRules<double>)> rules;
+    double of_warps[2][kWarps];
+  };
+  REGFUSED_SHARED(Shared, shared);
+
+  const double norm = job.gathered ? gathered_norm(job, shared.of_warps[0]) : NAN;
+  if (threadIdx.x == 0) {
+    shared.verdict = judge(job, norm);
+    if (blockIdx.x == 0) write_record(job, shared.verdict, norm);
+  }
+  __syncthreads();
+  if (shared.verdict.skip) return;
+  int made = kNoRules;
+
+  for (int span = int(blockIdx.x); span < job.span_count; span += int(gridDim.x)) {
+    const int begin = span * job.span;
+    const int end = begin + job.span < job.chunk_count ? begin + job.span : job.chunk_count;
+    double penalty = 0;
+    int zeros = 0;
+    for (int chunk = begin; chunk < end; ++chunk) {
+      const SgdPlace place(job, each, chunk);
+      if (place.grad.is_none()) continue;
+      by_dtype<kDoubles>(place.tensor.dtype, [&]<class S>() {
+        using T = Arithmetic<S>;
+        const auto& rules = shared.rules.template get<SgdStepRules<T>>(place.rules(), made, [&] {
+          const SgdHyper hyper = each.groups[place.tensor.group].read();
+          return SgdStepRules<T>{SgdGradient<T>(hyper, job.grad_scale.get()),
+                                 SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
+                                 ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0};
+        });
+        const SgdSums<T> sums = place.tensor.momentum_buffer ? step_share<S, true>(place, rules, job.write_unscaled_grad)
+                                                             : step_share<S, false>(place, rules, job.write_unscaled_grad);
+        penalty += sums.penalty;
+        zeros += sums.zeros;
+      });
+    }
+    const auto add = [](double a, double b) { return a + b; };
+    penalty = block_combine(penalty, shared.of_warps[0], add);
+    const double all_zeros = block_combine(zeros, shared.of_warps[1], add);
+    if (threadIdx.x == 0) {
+      job.sums[span] = penalty;
+      job.sums[job.span_count + span] = all_zeros;
+    }
+    __syncthreads();  // of_warps is free again
+  }
+}
+
+}  // namespace regfused

@@ -1,0 +1,152 @@
+// Starts the kernels of an SGD step on a CUDA device.
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "sgd_kernel.cuh"
+#include "sgd_launch.h"
+
+namespace regfused {
+
+namespace {
+
+// Blocks of 256 threads on a multiprocessor, at least. With 4 a thread has 64 registers, and three
+// accesses of 16 bytes are in flight for each of 1024 threads, about twice what hides the latency of
+// the memory. float64 does not fit 64 registers, and so has kernels of its own.
+template <bool kDoubles>
+constexpr int kBlocksPerMultiprocessor = kDoubles ? 2 : 4;
+
+template <size_t kBytes, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
+    sgd_norm_kernel(const __grid_constant__ SgdArguments<kBytes> arguments) {
+  sgd_norm<kDoubles>(arguments.job, SgdEach(arguments.job, arguments.each));
+}
+
+template <size_t kBytes, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
+    sgd_step_kernel(const __grid_constant__ SgdArguments<kBytes> arguments) {
+  sgd_step<kDoubles>(arguments.job, SgdEach(arguments.job, arguments.each));
+}
+
+template <size_t kBytes>
+struct UploadArguments {
+  uint64_t* to;
+  int64_t words;
+  uint64_t from[(kBytes - 16) / 8];
+};
+static_assert(sizeof(UploadArguments<kLargeArguments>) <= kLargeArguments);
+
+template <size_t kBytes>
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ UploadArguments<kBytes> arguments) {
+  for (int i = int(threadIdx.x); i < arguments.words; i += kThreads) arguments.to[i] = arguments.from[i];
+}
+
+template <class Arguments>
+[[nodiscard]] cudaError_t launch(void (*kernel)(Arguments), const Arguments& arguments, int blocks,
+                                 cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+template <size_t kBytes>
+[[nodiscard]] cudaError_t launch_with(void (*kernel)(SgdArguments<kBytes>), const SgdJob& job,
+                                      const unsigned char* each, size_t bytes, int blocks, cudaStream_t stream) {
+  SgdArguments<kBytes> arguments;
+  arguments.job = job;
+  if (!job.each) {
+    if (bytes > sizeof arguments.each) return cudaErrorInvalidValue;
+    std::memcpy(arguments.each, each, bytes);
+  }
+  return launch(kernel, arguments, blocks, stream);
+}
+
+// Small arguments where they do: larger ones take the host longer.
+bool is_small(const SgdJob& job, size_t bytes) { return job.each || bytes <= SgdArguments<kSmallArguments>::kRoom; }
+
+bool has_large_arguments() {
+  static const bool has = [] {
+    int driver = 0;  // one that does not answer is found out by the first launch
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010 && CUDART_VERSION >= 12010;
+  }();
+  return has;
+}
+
+}  // namespace
+
+std::string sgd_cuda_built() {
+  const int version = CUDART_VERSION;
+  std::string built = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+#if defined(__CUDA_ARCH_LIST__)
+  const int architectures[] = {__CUDA_ARCH_LIST__};
+  built += ":";
+  for (const int architecture : architectures) built += " sm_" + std::to_string(architecture / 10);
+#endif
+  return built;
+}
+
+size_t sgd_room_for_each() {
+  return has_large_arguments() ? SgdArguments<kLargeArguments>::kRoom : SgdArguments<kSmallArguments>::kRoom;
+}
+
+cudaError_t sgd_resident_blocks(int device, bool doubles, SgdResidentBlocks& blocks) {
+  int multiprocessors = 0;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  const auto norm = doubles ? sgd_norm_kernel<kLargeArguments, true> : sgd_norm_kernel<kLargeArguments, false>;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks.norm, norm, kThreads, 0))
+    return error;
+  const auto step = doubles ? sgd_step_kernel<kLargeArguments, true> : sgd_step_kernel<kLargeArguments, false>;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks.step, step, kThreads, 0))
+    return error;
+  blocks.norm *= multiprocessors;
+  blocks.step *= multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t launch_sgd_norm(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles, int blocks,
+                            cudaStream_t stream) {
+  if (is_small(job, bytes))
+    return launch_with(doubles ? sgd_norm_kernel<kSmallArguments, true> : sgd_norm_kernel<kSmallArguments, false>, job,
+                       each, bytes, blocks, stream);
+  return launch_with(doubles ? sgd_norm_kernel<kLargeArguments, true> : sgd_norm_kernel<kLargeArguments, false>, job,
+                     each, bytes, blocks, stream);
+}
+
+cudaError_t launch_sgd_step(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles, int blocks,
+                            cudaStream_t stream) {
+  if (is_small(job, bytes))
+    return launch_with(doubles ? sgd_step_kernel<kSmallArguments, true> : sgd_step_kernel<kSmallArguments, false>, job,
+                       each, bytes, blocks, stream);
+  return launch_with(doubles ? sgd_step_kernel<kLargeArguments, true> : sgd_step_kernel<kLargeArguments, false>, job,
+                     each, bytes, blocks, stream);
+}
+
+namespace {
+
+template <size_t kBytes>
+[[nodiscard]] cudaError_t upload_pieces(uint64_t* to, const unsigned char* from, size_t bytes, cudaStream_t stream) {
+  UploadArguments<kBytes> arguments;
+  for (size_t done = 0; done < bytes; done += sizeof arguments.from) {
+    const size_t now = bytes - done < sizeof arguments.from ? bytes - done : sizeof arguments.from;
+    arguments.to = to + done / 8;
+    arguments.words = static_cast<int64_t>(now / 8);
+    std::memcpy(arguments.from, from + done, now);
+    if (const cudaError_t error = launch(upload_kernel<kBytes>, arguments, 1, stream)) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  if (bytes % 8 != 0) return cudaErrorInvalidValue;
+  auto* words = static_cast<uint64_t*>(to);
+  const auto* host = static_cast<const unsigned char*>(from);
+  if (bytes > kSmallArguments && has_large_arguments()) return upload_pieces<kLargeArguments>(words, host, bytes, stream);
+  return upload_pieces<kSmallArguments>(words, host, bytes, stream);
+}
+
+}  // namespace regfused

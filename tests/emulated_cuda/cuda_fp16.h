@@ -1,0 +1,8 @@
+// Stands in for the CUDA toolkit's header of this name; see cuda_runtime.h.
+#pragma once
+
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half x) { return float(x.value); }
+inline __half __float2half_rn(float x) { return {_Float16(x)}; }
