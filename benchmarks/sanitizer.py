@@ -18,6 +18,8 @@ TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 # Each allocation of torch becomes one of the driver, whose bounds the tool knows.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 FIRST_PORT, PORTS = 49300, 20  # tools that run at the same time must not share ports
+# What it says where it fails with any program, be it /bin/echo.
+NOT_STARTED = "terminated before first instrumented API call"
 SHOWN = 6
 
 
@@ -87,6 +89,8 @@ def judge(tool: str, ended: stage.Ended) -> Verdict:
         status = "failed"
     elif "device not supported" in ended.output.lower():
         status, says = "not possible", "compute-sanitizer does not support this device or machine"
+    elif NOT_STARTED in ended.output and "Traceback" not in ended.output:
+        status, says = "not possible", "compute-sanitizer cannot start a program here"
     elif sanitizer_run.DONE not in ended.output:
         status, says = "failed", " | ".join([ended.reason or "incomplete", *ended.last_lines(4)])
     else:

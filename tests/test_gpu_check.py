@@ -222,6 +222,7 @@ RACECHECK = """========= COMPUTE-SANITIZER
         (RACECHECK + sanitizer_run.DONE, 0, "failed", 1),
         (f"========= COMPUTE-SANITIZER\n{sanitizer_run.DONE}\n========= ERROR SUMMARY: 0 errors", 0, "passed", 0),
         ("========= Error: Device not supported. Please refer to the documentation", 1, "not possible", 0),
+        ("========= Error: Target application terminated before first instrumented API call", 255, "not possible", 0),
         ("Traceback (most recent call last):\nAssertionError: a parameter did not move", 1, "failed", 0),
         ("torch.float32: done", None, "failed", 0),
     ],
