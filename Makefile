@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 DATA   ?=
 OUT    ?= out
+GPU_PYTHON  ?= python3
+GPU_SECONDS ?= 460
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
@@ -16,12 +18,14 @@ BIN := $(VENV)/bin
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test bench build lint format clean
+.PHONY: help demo test bench gpu-check build lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build and run all tests"
 	@echo "make bench    measure against torch.optim; result files in benchmarks/results/"
+	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
+	@echo "              check memory accesses, measure; result files in benchmarks/results/; $(GPU_SECONDS) s at most"
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make clean    remove what was built and $(VENV)"
 
@@ -34,6 +38,17 @@ test: build
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
+
+# Not in $(VENV): torch, CUDA and all else are those of the machine, which may have no network. Every stage runs, and the
+# files are written, whatever fails; the time that compiling took is taken from that of the stages.
+gpu-check:
+	@echo "== compile for the GPU that is here"
+	@start=$$(date +%s); \
+	arch=$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_PYTHON) -c \
+		'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}; \
+	TORCH_CUDA_ARCH_LIST=$$arch REGFUSED_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace 2>&1 | $(SHORTER); \
+	$(GPU_PYTHON) -m benchmarks.gpu_check --out benchmarks/results \
+		--seconds $$(($(GPU_SECONDS) + start - $$(date +%s)))
 
 build: $(VENV)/installed
 	@echo "== compile what changed (everything takes about a minute)"

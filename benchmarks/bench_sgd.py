@@ -75,13 +75,18 @@ def checked_part(shapes: list[list[int]]) -> list[list[int]]:
     return part
 
 
-def random_params(shapes: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
+def reduced(shapes: list[list[int]]) -> list[list[int]]:
+    """A few small tensors that stand for the model where only the code is tried, not the speed."""
+    return [[min(size, 32) for size in shape] for shape in shapes[:20]]
+
+
+def random_params(shapes: list[list[int]], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Parameters with gradients of norm ``GRAD_NORM``, as sizes go in training."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     scale = GRAD_NORM / math.sqrt(numel_of(shapes))
-    params = [torch.randn(shape, generator=generator).mul_(0.02).to(dtype) for shape in shapes]
+    params = [torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype) for shape in shapes]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).mul_(scale).to(dtype)
+        p.grad = torch.randn(p.shape, generator=generator, device=device).mul_(scale).to(dtype)
     return params
 
 

@@ -105,7 +105,7 @@ class _Runner:
         self.result.cold.append((time.perf_counter_ns() - start) / 1e3)
 
 
-def rooflines(mib: int = 256) -> list[Arm]:
+def rooflines(mib: int = 256, device: str = "cpu") -> list[Arm]:
     """The bandwidth limit, twice, on float32 tensors of `mib` MiB, which no cache holds.
 
     ``copy_`` reads one tensor and writes another. ``add_`` reads two and writes one of them, which is more like a step:
@@ -113,7 +113,7 @@ def rooflines(mib: int = 256) -> list[Arm]:
     """
 
     def setup(operation: Callable[[torch.Tensor, torch.Tensor], object]) -> Call:
-        target, source = torch.ones(mib * MIB // 4), torch.zeros(mib * MIB // 4)
+        target, source = torch.ones(mib * MIB // 4, device=device), torch.zeros(mib * MIB // 4, device=device)
         return lambda: operation(target, source)
 
     return [

@@ -47,6 +47,22 @@ class Table:
         return f"{text}\n\n{self.note}\n" if self.note else text + "\n"
 
 
+@dataclass
+class Text:
+    """A paragraph between tables; only in Markdown."""
+
+    text: str
+
+    def markdown(self) -> str:
+        return f"{self.text}\n"
+
+
+def cell(text: str, width: int = 160) -> str:
+    """Any text as one that can stand in a cell of a table."""
+    line = " ".join(text.replace("|", "/").split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
 def environment() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     facts: dict[str, Any] = {
@@ -64,11 +80,18 @@ def environment_table(facts: Mapping[str, Any]) -> Table:
     return Table("Environment", ["fact", "value"], [[key, str(value)] for key, value in facts.items()], names=2)
 
 
-def write(folder: Path, stem: str, results: Mapping[str, Any], tables: Sequence[Table]) -> None:
+def write(folder: Path, stem: str, results: Mapping[str, Any], tables: Sequence[Table | Text]) -> None:
     """Write ``stem.json`` and ``stem.md`` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text("\n".join(table.markdown() for table in tables))
+    write_whole(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")
+    write_whole(folder / f"{stem}.md", "\n".join(table.markdown() for table in tables))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file that is written again and again is whole at any time, also when its writer is killed."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def _cpu_model() -> str:

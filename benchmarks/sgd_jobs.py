@@ -92,7 +92,7 @@ def clipped(**implementation: bool) -> Way:
 def clipped_by_grad_scale(params: list[Tensor], h: Hyperparameters) -> Step:
     """The clip handed to ``fused=True`` as a gradient scale, which saves a pass over the gradients."""
     optimizer = with_torch(params, h, fused=True)
-    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.found_inf = torch.zeros((), device=params[0].device)
     max_norm = _bound(h)
 
     def step() -> None:
@@ -203,12 +203,12 @@ def checked_hyperparameters(numel: int) -> Hyperparameters:
     return Hyperparameters(0.1, 0.9, weight_decay=1e-2, l1=1e-2, l2=1e-2, max_norm=0.5 * math.sqrt(numel))
 
 
-def error(way: Way, job: Job, shapes: list[list[int]], dtype: torch.dtype, seed: int = 0) -> float:
+def error(way: Way, job: Job, shapes: list[list[int]], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> float:
     """The largest error of a parameter after some steps, relative to the largest parameter, against float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
 
     # Farther from zero than the steps go: near zero, one rounding turns sign(p) over, and l1*sign(p) with it.
     params = [p + p.sign() for p in normal()]
