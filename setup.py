@@ -54,8 +54,14 @@ def why_no_cuda() -> str:
 
 def default_architectures() -> str:
     """What this nvcc knows of the architectures that people have, and PTX of the last one for later ones."""
-    known = subprocess.check_output([shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or "nvcc", "--list-gpu-arch"], text=True)
-    wanted = [arch for arch in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0") if f"compute_{arch.replace('.', '')}\n" in known]
+    known = subprocess.check_output(
+        [shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or "nvcc", "--list-gpu-arch"], text=True
+    )
+    wanted = [
+        arch
+        for arch in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+        if f"compute_{arch.replace('.', '')}\n" in known
+    ]
     return " ".join(wanted) + "+PTX"
 
 
@@ -100,6 +106,20 @@ else:
         define_macros=[("REGFUSED_CUDA", None)],
         extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
     )
+
+    # The CUDA runtime goes into the extension, where it can: another release of it may come with torch.
+    runtime = next(
+        (path for lib in ("lib64", "lib") for path in Path(str(CUDA_HOME), lib).glob("libcudart_static.a")), None
+    )
+    if runtime:
+        extension.libraries.remove("cudart")
+        extension.extra_link_args += [
+            str(runtime),
+            "-ldl",
+            "-lrt",
+            "-lpthread",
+            "-Wl,--exclude-libs,libcudart_static.a",
+        ]
 
 setup(
     ext_modules=[extension],

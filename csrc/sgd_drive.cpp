@@ -21,10 +21,13 @@ void SgdDriver::cut() {
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].kernels->cut(*this, static_cast<int8_t>(i));
 }
 
-void SgdDriver::begin() {
+void SgdDriver::find_live() {
   for (Slot& slot : slots_) slot.live = false;
   for (const SgdTensor& tensor : tensors)
     if (tensor.grad) slots_[tensor.device].live = true;
+}
+
+void SgdDriver::begin() {
   for (Slot& slot : slots_)
     if (slot.live) slot.kernels->begin(*this);
 }

@@ -69,7 +69,9 @@ class SgdDriver : public SgdWork {
   int8_t index_of(c10::Device device);
   // To be called whenever the tensors or their sizes changed.
   void cut();
-  // To be called when the gradients of a step are known.
+  // To be called when the gradients of a step are known: which devices take part.
+  void find_live();
+  // Raises what a step can raise.
   void begin();
 
   // Whether all tensors with a gradient are on devices that can take the step without the host.

@@ -111,6 +111,7 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
   TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
                     "regfused::sgd_: parameters and momentum_buffers must share no memory, but two of them do");
   driver.cut();
+  driver.find_live();
   driver.begin();
 
   const bool needs_norm = max_norm || nonfinite != "propagate";

@@ -98,7 +98,6 @@ class SgdPlan {
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
   bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
   bool collect();
-  bool collect_all();
   bool collect_usual(size_t p);
   bool collect_closely(size_t p);
   std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;

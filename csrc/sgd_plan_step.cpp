@@ -67,9 +67,11 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     build(param_groups, state);
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
+  driver_.find_live();
   const std::string why_host = why_host_judges();
   TORCH_CHECK(why_host.empty() || !driver_.is_capturing(),
               "regfused.SGD.step: a step in a CUDA graph must not need the host, but ", why_host);
+  driver_.begin();
   if (why_host.empty()) {
     let_devices_judge();
     return true;
@@ -193,14 +195,8 @@ bool SgdPlan::is_unchanged_buffer(const Param& param, const at::Tensor& tensor) 
          same_layout(buffer, tensor) != param.relay_buffer;
 }
 
-// Everything that can raise. False where a tensor is not the one that was planned for.
+// Gradients and buffers of this step. False where a tensor is not the one that was planned for.
 bool SgdPlan::collect() {
-  if (!collect_all()) return false;
-  driver_.begin();
-  return true;
-}
-
-bool SgdPlan::collect_all() {
   end_step();
   if (!leftover.empty()) leftover = py::list();
   grads_.resize(params_.size());

@@ -11,17 +11,30 @@ import sys
 import pytest
 import torch
 
-if path := os.environ.get("REGFUSED_TEST_EXTENSION"):
-    spec = importlib.util.spec_from_file_location("regfused._C", path)
+OTHER_EXTENSION = os.environ.get("REGFUSED_TEST_EXTENSION")
+OTHER_DEVICE = os.environ.get("REGFUSED_TEST_DEVICE")
+
+if OTHER_EXTENSION:
+    spec = importlib.util.spec_from_file_location("regfused._C", OTHER_EXTENSION)
     sys.modules["regfused._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["regfused._C"])
 
-import regfused
-from regfused import extension
+if OTHER_DEVICE:
+    torch.set_default_device(OTHER_DEVICE)
+
+import regfused  # noqa: E402
+from regfused import extension  # noqa: E402
 
 ISAS = extension.C.build_info()["isas"] if extension.C else []
-if path:  # another compiled part: instruction sets are not what it is about
+if OTHER_EXTENSION or OTHER_DEVICE:
     ISAS = ISAS[-1:]
+
+
+def pytest_collection_modifyitems(items):
+    if OTHER_EXTENSION or OTHER_DEVICE:
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="about the CPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,13 @@ import torch
 import regfused
 from regfused import reference
 
+# Where tensors are made: the CPU, but for a run of the same tests on a GPU.
+DEVICE = torch.get_default_device().type
+
+# Whether the CUDA kernels do the steps: on a GPU, or emulated on the host, for tensors on the CPU.
+EMULATED = regfused.build_info().get("cuda") == "emulated"
+ON_CUDA_KERNELS = DEVICE == "cuda" or EMULATED
+
 BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.

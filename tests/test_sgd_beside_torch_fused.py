@@ -6,7 +6,7 @@ import socket
 
 import pytest
 import torch
-from sgd_cases import give_grads, make_params
+from sgd_cases import DEVICE, give_grads, make_params
 
 import regfused
 
@@ -66,7 +66,7 @@ def test_amp_overflow_on_the_first_step_leaves_no_trace(momentum):
     params = make_params([100, 33])
     before = copy.deepcopy(params)
     optimizer = regfused.SGD(params, lr=0.1, momentum=momentum, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     for p in params:
         p.grad = torch.full_like(p, float("inf"))
     raw = [p.grad.clone() for p in params]
@@ -137,6 +137,7 @@ def _fsdp_worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu
 def test_fsdp2_parameters(tmp_path):
     torch.multiprocessing.spawn(_fsdp_worker, (2, _free_port(), str(tmp_path)), nprocs=2)
     weights, norm = torch.load(tmp_path / "weights.pt")

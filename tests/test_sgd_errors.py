@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sgd_cases import BOTH, give_grads, make_params
+from sgd_cases import BOTH, DEVICE, give_grads, make_params
 
 import regfused
 
@@ -188,7 +188,7 @@ def test_sparse_gradients(options):
         (torch.zeros(3), r"must have shape \(4,\), but has \(3,\)"),
         (torch.zeros(4, dtype=torch.float64), "must have dtype torch.float32, but has torch.float64"),
         (torch.zeros(4).to_sparse(), "must have layout torch.strided, but has torch.sparse_coo"),
-        (torch.zeros(4, device="meta"), "must have device cpu, but has meta"),
+        (torch.zeros(4, device="meta"), f"must have device {DEVICE}(:0)?, but has meta"),
         ([0.0] * 4, "must be a tensor, but got list"),
         ("zeros", "must be a tensor, but got str"),
     ],
@@ -239,6 +239,7 @@ def test_a_parameter_whose_memory_is_gone():
         optimizer.step()
 
 
+@pytest.mark.cpu
 def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("REGFUSED_ISA", "avx1024")
     params = make_params([3])

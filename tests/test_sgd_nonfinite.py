@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sgd_cases import BOTH, assert_params_equal, copy_params, give_grads, make_params, share_grads
+from sgd_cases import BOTH, DEVICE, assert_params_equal, copy_params, give_grads, make_params, share_grads
 
 import regfused
 
@@ -76,7 +76,7 @@ def test_grad_scaler(make, fused, scale, unscale_first):
     twin = copy.deepcopy(model)
     ours = make(model.parameters(), lr=0.1, momentum=0.9, max_norm=0.5, fused=fused)
     loop = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=scale, growth_interval=2)
     for step in range(6):
         x = torch.randn(4, 5)
         overflow = step in (0, 3)
@@ -104,7 +104,7 @@ def test_amp_state_is_cleared_when_a_step_raises():
     params = make_params([5])
     give_grads(params)
     optimizer = regfused.SGD(params, lr=0.1, fused=True, nonfinite="error")
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(DEVICE)
     scaler.scale(torch.ones(()))
     optimizer.param_groups[0]["lr"] = "fast"
     with pytest.raises(ValueError, match="lr must be a number, but got 'fast'"):

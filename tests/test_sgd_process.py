@@ -13,6 +13,8 @@ from sgd_cases import assert_params_equal, copy_params, give_grads, make_params
 
 import regfused
 
+pytestmark = pytest.mark.cpu
+
 
 def test_interrupted_commit_leaves_no_state(monkeypatch):
     params = make_params([5, 6, 7])

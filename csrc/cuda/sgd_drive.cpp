@@ -43,7 +43,10 @@ static_assert(sizeof(SgdChunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && s
 }  // namespace
 
 SgdOnCuda::SgdOnCuda(c10::Device device) : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()) {
+  // As long as no step was taken: no norm, no clip, nothing counted.
   record_ = at::zeros({kRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
+  record_.select(0, kGradNorm).fill_(NAN);
+  record_.select(0, kClipCoef).fill_(1);
 }
 
 cudaStream_t SgdOnCuda::stream() const { return current_stream(device_); }

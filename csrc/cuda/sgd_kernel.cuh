@@ -106,12 +106,14 @@ __device__ __forceinline__ A norm_share(const SgdPlace& place, const SgdNormRule
 }
 
 // In the type of arithmetic, as this is fast on every card; where that overflows, though no element
-// is infinite, once more in double.
+// is infinite, or where it loses digits, once more in double. (A sum of 0 may have lost squares of
+// elements below 1e-22: nothing beside the 1e-6 that is added to a norm.)
 template <class S, bool kPenalty>
 __device__ __forceinline__ double norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules,
                                              NormType type) {
   const Arithmetic<S> fast = norm_share<Arithmetic<S>, S, kPenalty>(place, rules, type);
-  if (sizeof(Arithmetic<S>) == sizeof(double) || fast <= FLT_MAX || fast != fast) return fast;
+  const bool exact = fast == 0 || (fast >= 1e-30f && fast <= FLT_MAX) || fast != fast;
+  if (sizeof(Arithmetic<S>) == sizeof(double) || exact) return fast;
   return norm_share<double, S, kPenalty>(place, rules, type);
 }
 

@@ -77,7 +77,9 @@ def _compiler() -> str:
 def environment() -> dict[str, str]:
     """What a Python process needs so that it can load the library."""
     runtimes = [
-        subprocess.run([_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     return {
