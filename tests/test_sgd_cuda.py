@@ -146,7 +146,8 @@ def step_many(count):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (3, 3, 3), (0, 1, 2), (1, 0, 0), (5, 5, 4)], ids=str)
-def test_views_that_start_anywhere(dtype, offsets):
+@pytest.mark.parametrize("amp", (False, True))
+def test_views_that_start_anywhere(dtype, offsets, amp):
     # Parameter, gradient and momentum buffer inside larger tensors, whose other elements must stay.
     n, around = 1100, 7.0
     big = [torch.full((n + 16,), around, dtype=dtype) for _ in offsets]
@@ -158,13 +159,16 @@ def test_views_that_start_anywhere(dtype, offsets):
     assert p.data_ptr() == param.data_ptr()
     q = torch.nn.Parameter(param.clone())
     p.grad, q.grad = grad, grad.clone()
-    options = dict(lr=0.1, momentum=0.9, l1=0.1, l2=0.1, max_norm=3.0)
+    options = dict(lr=0.1, momentum=0.9, l1=0.1, l2=0.1, max_norm=3.0, fused=amp or None)
     ours, theirs = regfused.SGD([p], **options), reference.SGD([q], **options)
+    for optimizer in (ours, theirs) if amp else ():
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"] = buffer, buffer.clone()
     ours.step()
     theirs.step()
     tolerance = dict(rtol=torch.finfo(dtype).eps * 2, atol=1e-6)
     torch.testing.assert_close(p, q, **tolerance)
+    assert torch.equal(p.grad, q.grad)  # a power of two scales without rounding
     torch.testing.assert_close(buffer, theirs.state[q]["momentum_buffer"], **tolerance)
     for b, o in zip(big, offsets, strict=True):
         assert (b[:o] == around).all() and (b[o + n :] == around).all()

@@ -33,6 +33,14 @@ __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 
+// A pointer that was read from a table, as one into global memory: the compiler does not see that by
+// itself, and would access it through the generic address space.
+template <class S>
+__device__ __forceinline__ S* in_global_memory(void* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return static_cast<S*>(pointer);
+}
+
 constexpr int kAccessBytes = 16;
 
 // Elements that fill one access.

@@ -164,7 +164,8 @@ void SgdOnCuda::collect_each(const SgdWork& work) {
   for (size_t t = 0; t < rows_.size(); ++t) {
     const SgdTensor& tensor = work.tensors[rows_[t]];
     if (!tensor.grad) continue;
-    grads[t] = SgdGrad(tensor.grad, tensor.first).word;
+    const SgdGrad grad(tensor.grad, tensor.first);
+    std::memcpy(grads + t, &grad, sizeof grad);
     numel_ += static_cast<double>(tensor.numel);
   }
   const size_t bytes = each_.size() * sizeof(uint64_t);

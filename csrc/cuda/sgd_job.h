@@ -47,14 +47,14 @@ struct SgdDeviceGroup {
 // The address of a gradient, 0 for none. Elements are two bytes or more, so the lowest bit is free:
 // it says whether this is the first gradient of the parameter.
 struct SgdGrad {
-  uint64_t word = 0;
+  char* tagged = nullptr;
 
   SgdGrad() = default;
-  SgdGrad(const void* grad, bool first) : word(reinterpret_cast<uintptr_t>(grad) | (first ? 1 : 0)) {}
+  SgdGrad(void* grad, bool first) : tagged(static_cast<char*>(grad) + (first ? 1 : 0)) {}
 
-  REGFUSED_RULE bool is_none() const { return word == 0; }
-  REGFUSED_RULE bool first() const { return word & 1; }
-  REGFUSED_RULE void* grad() const { return reinterpret_cast<void*>(word & ~uint64_t(1)); }
+  REGFUSED_RULE bool is_none() const { return tagged == nullptr; }
+  REGFUSED_RULE bool first() const { return reinterpret_cast<uintptr_t>(tagged) & 1; }
+  REGFUSED_RULE void* grad() const { return tagged - first(); }
 };
 
 // One step over the tensors of one device. Pointers are to the memory of the device.

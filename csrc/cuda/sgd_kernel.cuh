@@ -53,15 +53,15 @@ struct SgdPlace {
   }
   template <class S>
   __device__ __forceinline__ S* param() const {
-    return static_cast<S*>(tensor.param) + begin;
+    return in_global_memory<S>(tensor.param) + begin;
   }
   template <class S>
   __device__ __forceinline__ S* grads() const {
-    return static_cast<S*>(grad.grad()) + begin;
+    return in_global_memory<S>(grad.grad()) + begin;
   }
   template <class S>
   __device__ __forceinline__ S* momentum_buffer() const {
-    return static_cast<S*>(tensor.momentum_buffer) + begin;
+    return in_global_memory<S>(tensor.momentum_buffer) + begin;
   }
   // Tells the rules of this chunk from those of others.
   __device__ __forceinline__ int rules() const {
@@ -198,8 +198,7 @@ struct SgdSums {
 
 template <class S, bool kMomentum>
 __device__ __forceinline__ SgdSums<Arithmetic<S>> step_share(const SgdPlace& place,
-                                                             const SgdStepRules<Arithmetic<S>>& rules,
-                                                             bool write_unscaled_grad) {
+                                                             const SgdStepRules<Arithmetic<S>>& rules) {
   using T = Arithmetic<S>;
   S* __restrict__ params = place.param<S>();
   S* __restrict__ grads = place.grads<S>();
@@ -217,7 +216,6 @@ __device__ __forceinline__ SgdSums<Arithmetic<S>> step_share(const SgdPlace& pla
       T g = widen(grad.at[j]);
       T b = 0;
       if constexpr (kMomentum) b = widen(buffer.at[j]);
-      if (write_unscaled_grad) narrow(rules.gradient.unscaled(g), grad.at[j]);
       if (rules.has_penalty) sums.penalty += rules.penalty(p);
       rules.rule.template operator()<kMomentum>(p, rules.gradient(g), b);
       narrow(p, param.at[j]);
@@ -226,9 +224,22 @@ __device__ __forceinline__ SgdSums<Arithmetic<S>> step_share(const SgdPlace& pla
     }
     param.store(params + i);
     if constexpr (kMomentum) buffer.store(buffers + i);
-    if (write_unscaled_grad) grad.store(grads + i);
   });
   return sums;
+}
+
+// torch's AMP contract: g / grad_scale in the gradient. A loop of its own, as the registers of
+// step_share are all in use.
+template <class S>
+__device__ __forceinline__ void unscale_share(const SgdPlace& place, const SgdGradient<Arithmetic<S>>& gradient) {
+  S* grads = place.grads<S>();
+  for_each_access(grads, place.size, false, [&]<int N>(int i) {
+    Pack<S, N> grad;
+    grad.load(grads + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) narrow(gradient.unscaled(widen(grad.at[j])), grad.at[j]);
+    grad.store(grads + i);
+  });
 }
 
 template <bool kDoubles>
@@ -265,8 +276,12 @@ __device__ __forceinline__ void sgd_step(const SgdJob& job, const SgdEach& each)
                                  SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
                                  ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0};
         });
-        const SgdSums<T> sums = place.tensor.momentum_buffer ? step_share<S, true>(place, rules, job.write_unscaled_grad)
-                                                             : step_share<S, false>(place, rules, job.write_unscaled_grad);
+        const SgdSums<T> sums =
+            place.tensor.momentum_buffer ? step_share<S, true>(place, rules) : step_share<S, false>(place, rules);
+        if (job.write_unscaled_grad) {
+          __syncthreads();  // all threads have read their gradients, which may be others than they unscale
+          unscale_share<S>(place, rules.gradient);
+        }
         penalty += sums.penalty;
         zeros += sums.zeros;
       });

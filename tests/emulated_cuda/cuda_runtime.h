@@ -27,6 +27,9 @@ using emulated::threadIdx;
 #define __syncthreads() ::emulated::sync_threads(__FILE__, __LINE__)
 #define __shfl_down_sync(mask, value, distance) ::emulated::shuffle_down(mask, value, distance, __FILE__, __LINE__)
 
+inline bool __isGlobal(const void*) { return true; }
+#define __builtin_assume(condition)
+
 struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };

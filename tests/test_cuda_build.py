@@ -1,0 +1,156 @@
+"""The CUDA kernels as nvcc compiles them: registers, width of access; that each call of the runtime is checked."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# As setup.py has them.
+FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Werror=all-warnings"]
+
+# Registers of a thread, at most. 64 let a multiprocessor run 1024 threads, which its memory needs; float64 is allowed
+# half of them.
+REGISTERS = {
+    "sgd_norm_kernel<{}, false>": 64,
+    "sgd_step_kernel<{}, false>": 64,
+    "sgd_norm_kernel<{}, true>": 128,
+    "sgd_step_kernel<{}, true>": 128,
+    "upload_kernel<{}>": 64,
+}
+BUDGET = {name.format(room): most for name, most in REGISTERS.items() for room in (4096, 32764)}
+
+# Loads and stores of 16 bytes in a kernel, at least: each pass over an array, for float32, bfloat16 and float16, with
+# and without the parameter (norm: twice, as sums may be taken once more in double) or the momentum buffer (step).
+WIDE = {
+    "sgd_norm_kernel<{}, false>": (3 * (1 + 2) * 2, 0),
+    "sgd_step_kernel<{}, false>": (3 * (2 + 3), 3 * (1 + 2)),
+}
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+def nvcc(*arguments: object) -> str:
+    run = subprocess.run([str(a) for a in (NVCC, *arguments)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def short(name: str) -> str:
+    """`void regfused::(anonymous namespace)::sgd_norm_kernel<4096ul, true>(...)` -> `sgd_norm_kernel<4096, true>`"""
+    found = re.search(r"(\w+_kernel)<(\d+)ul(, \w+)?>", name)
+    assert found, name
+    return f"{found[1]}<{found[2]}{found[3] or ''}>"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_and_spills(architecture, tmp_path):
+    if f"compute_{architecture}\n" not in nvcc("--list-gpu-arch"):
+        pytest.skip("this nvcc does not know it")
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    report = nvcc(*FLAGS, "-Xptxas", "-v", "-gencode", code, "-c", CUDA / "sgd_launch.cu", "-o", tmp_path / "kernels.o")
+    seen = {}
+    for kernel in demangled(report).split("Compiling entry function ")[1:]:
+        spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel)
+        registers = re.search(r"Used (\d+) registers", kernel)
+        assert spilled and registers, kernel
+        assert spilled.groups() == ("0", "0", "0"), (short(kernel), spilled[0])
+        seen[short(kernel)] = int(registers[1])
+    assert seen.keys() == BUDGET.keys()
+    assert {name: n for name, n in seen.items() if n > BUDGET[name]} == {}
+
+
+@needs_nvcc
+def test_accesses_are_16_bytes_wide(tmp_path):
+    nvcc(*FLAGS, "-arch=compute_80", "-ptx", CUDA / "sgd_launch.cu", "-o", tmp_path / "kernels.ptx")
+    kernels = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
+    assert len(kernels) == len(BUDGET)
+    counts = {}
+    for kernel in kernels:
+        loads = re.findall(r"\bld\.global(?:\.nc)?\.v4\.[busf]32", kernel)
+        stores = re.findall(r"\bst\.global\.v4\.[busf]32", kernel)
+        counts[short(demangled(kernel.split("(", 1)[0]))] = len(loads), len(stores)
+    for name, (loads, stores) in WIDE.items():
+        for room in (4096, 32764):
+            seen = counts[name.format(room)]
+            assert seen[0] >= loads and seen[1] >= stores, (name, seen)
+
+
+@needs_nvcc
+def test_kernels_link_without_torch(tmp_path):
+    library = tmp_path / "kernels.so"
+    nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", CUDA / "sgd_launch.cu", "-o", library)
+    room = ctypes.CDLL(str(library))["_ZN8regfused17sgd_room_for_eachEv"]
+    room.restype = ctypes.c_size_t
+    assert 3000 < room() < 32764
+
+
+def test_kernel_files_have_no_torch_header():
+    free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "sgd_job.h", CUDA / "sgd_launch.h"]
+    free += [*(ROOT / "csrc").glob("*_rule.h"), ROOT / "csrc" / "sgd_step.h", ROOT / "csrc" / "portable.h"]
+    assert len(free) >= 9
+    for path in free:
+        for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
+            assert not header.startswith(("torch", "ATen", "c10", "pybind11")), (path.name, header)
+
+
+def unchecked_calls(code: str) -> list[str]:
+    """Calls of the CUDA runtime, and of functions that return its errors, whose result nobody looks at."""
+    code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", "", code)
+    failing = r"(cuda[A-Z]\w*|launch|launch_with|launch_sgd_\w+|sgd_resident_blocks|upload|upload_pieces(?:<\w+>)?)"
+    harmless = {"cudaGetErrorString", "cudaGetLastError"}  # they report, and do not fail
+    looked_at = (
+        r"(return|check_cuda\(|const cudaError_t error =|cudaError_t|return cudaDriverGetVersion\(&driver\) &&)\s*$"
+    )
+    found = []
+    for call in re.finditer(rf"(?<![\w:.]){failing}\(", code):
+        if call[1] not in harmless and not re.search(looked_at, code[: call.start()]):
+            found.append(f"{call[1]} in line {code.count(chr(10), 0, call.start()) + 1}")
+    return found + ["<<<>>>"] * code.count("<<<")
+
+
+def test_each_call_of_the_runtime_is_checked():
+    for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")]:
+        assert unchecked_calls(path.read_text()) == [], path.name
+    assert unchecked_calls("  launch_sgd_norm(job);") and unchecked_calls("kernel<<<1, 2>>>();")
+    launches = (CUDA / "sgd_launch.cu").read_text().count("cudaLaunchKernelEx(")
+    assert launches == 1, "all launches go through one function"
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("yes", "REGFUSED_CUDA must be 0 (no CUDA kernels) or 1 (demand them), but is 'yes'"),
+        pytest.param(
+            "1",
+            f"REGFUSED_CUDA=1 demands the CUDA kernels, but torch {torch.__version__} is built without CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA"),
+        ),
+        ("0", "regfused: without CUDA kernels: REGFUSED_CUDA=0"),
+    ],
+)
+def test_what_the_build_is_asked_for(value, message):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "REGFUSED_CUDA": value},
+        timeout=120,
+    )
+    assert (run.returncode == 0) == (value == "0")
+    assert message in run.stdout + run.stderr
