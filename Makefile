@@ -35,6 +35,8 @@ demo: build
 test: build
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	@echo "== tests of the step once more, on the CUDA kernels, emulated on the CPU under sanitizers"
+	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal tests/test_sgd_*.py
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
@@ -73,7 +75,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy regfused
 
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
-SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
+SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
 format: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LINTERS)

@@ -145,8 +145,8 @@ void SgdPlan::count(double more_penalty, double more_zeros, double more_numel) {
 
 py::tuple SgdPlan::numbers() const {
   std::array<py::object, kRecordSize> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
-                                                          py::float_(totals_.penalty), py::float_(totals_.zeros),
-                                                          py::float_(totals_.numel),   py::float_(double(skipped_))};
+                                             py::float_(totals_.penalty), py::float_(totals_.zeros),
+                                             py::float_(totals_.numel),   py::float_(double(skipped_))};
   const std::vector<at::Tensor> of_devices = driver_.numbers();
   if (!of_devices.empty()) {
     const at::Device home = of_devices.front().device();

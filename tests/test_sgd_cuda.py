@@ -103,7 +103,7 @@ def test_same_bits_on_every_grid_and_in_every_order(dtype, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(result, baseline, strict=True)), how
 
 
-@pytest.mark.parametrize("count", (100, 600, 5000))
+@pytest.mark.parametrize("count", (100, 600, 4200))
 @pytest.mark.parametrize("driver", (13000, 11000))
 def test_any_number_of_tensors(count, driver, monkeypatch):
     # Gradients fit 4 KB of arguments, 32 KB where the driver takes them, or neither; above 4096 chunks, several of
@@ -129,7 +129,8 @@ def run_again(code, **environment):
 
 
 def step_many(count):
-    params = make_params([1 + i % 7 for i in range(count)])
+    # Neighbours differ in their type, and so in what a block makes of the options.
+    params = [make_params([1 + i % 7], (torch.float32, torch.float64)[i % 2])[0] for i in range(count)]
     twins = copy_params(params)
     options = dict(lr=0.1, momentum=0.9, l1=0.01, max_norm=1.0)
     ours, theirs = regfused.SGD(params, **options), reference.SGD(twins, **options)

@@ -8,7 +8,7 @@
 // A variable of the block, without a constructor. A macro, because what stands for shared memory
 // where a kernel is compiled for the host is no storage class.
 #if !defined(REGFUSED_SHARED)
-#define REGFUSED_SHARED(Type, name)                               \
+#define REGFUSED_SHARED(Type, name)                                  \
   __shared__ alignas(Type) unsigned char name##_bytes[sizeof(Type)]; \
   Type& name = *reinterpret_cast<Type*>(name##_bytes)
 #endif

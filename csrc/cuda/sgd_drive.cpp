@@ -42,7 +42,8 @@ static_assert(sizeof(SgdChunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && s
 
 }  // namespace
 
-SgdOnCuda::SgdOnCuda(c10::Device device) : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()) {
+SgdOnCuda::SgdOnCuda(c10::Device device)
+    : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()) {
   // As long as no step was taken: no norm, no clip, nothing counted.
   record_ = at::zeros({kRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
   record_.select(0, kGradNorm).fill_(NAN);
@@ -216,10 +217,10 @@ SgdJob SgdOnCuda::job(const SgdWork& work, const SgdScalars& scalars) const {
 
 void SgdOnCuda::measure(const SgdWork& work, const SgdScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
-  check_cuda(launch_sgd_norm(job(work, scalars), reinterpret_cast<const unsigned char*>(each_.data()),
-                             each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.norm),
-                             stream()),
-             "launch the norm kernel");
+  check_cuda(
+      launch_sgd_norm(job(work, scalars), reinterpret_cast<const unsigned char*>(each_.data()),
+                      each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.norm), stream()),
+      "launch the norm kernel");
 }
 
 double SgdOnCuda::measured(const SgdScalars& scalars) {
@@ -241,9 +242,8 @@ std::pair<int64_t, int64_t> SgdOnCuda::first_nonfinite() const {
 }
 
 void SgdOnCuda::launch_step(const SgdJob& job) {
-  check_cuda(launch_sgd_step(job, reinterpret_cast<const unsigned char*>(each_.data()),
-                             each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.step),
-                             stream()),
+  check_cuda(launch_sgd_step(job, reinterpret_cast<const unsigned char*>(each_.data()), each_.size() * sizeof(uint64_t),
+                             doubles_, blocks_for(span_count_, resident_.step), stream()),
              "launch the step kernel");
 }
 

@@ -79,7 +79,7 @@ struct SgdJob {
   const unsigned char* each = nullptr;
 
   SgdNumber grad_scale;
-  SgdNumber found_inf;  // other than 0: the step is skipped
+  SgdNumber found_inf;   // other than 0: the step is skipped
   double clip_coef = 1;  // where the host has judged
   double max_norm = 0;
   double numel = 0;  // elements that this step updates

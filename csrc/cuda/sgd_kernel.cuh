@@ -87,7 +87,8 @@ __device__ __forceinline__ void by_dtype(DType dtype, const Function& function) 
 
 // This thread's share of a chunk, accumulated in A.
 template <class A, class S, bool kPenalty>
-__device__ __forceinline__ A norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules, NormType type) {
+__device__ __forceinline__ A norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules,
+                                        NormType type) {
   const S* __restrict__ grads = place.grads<S>();
   const S* __restrict__ params = place.param<S>();
   A accumulated = 0;

@@ -145,7 +145,8 @@ cudaError_t upload(void* to, const void* from, size_t bytes, cudaStream_t stream
   if (bytes % 8 != 0) return cudaErrorInvalidValue;
   auto* words = static_cast<uint64_t*>(to);
   const auto* host = static_cast<const unsigned char*>(from);
-  if (bytes > kSmallArguments && has_large_arguments()) return upload_pieces<kLargeArguments>(words, host, bytes, stream);
+  if (bytes > kSmallArguments && has_large_arguments())
+    return upload_pieces<kLargeArguments>(words, host, bytes, stream);
   return upload_pieces<kSmallArguments>(words, host, bytes, stream);
 }
 
