@@ -41,11 +41,18 @@ class SGD(reference.SGD):
 
     Parameters, gradients and momentum buffers keep their shapes, strides and dtypes. Arithmetic is float32 for
     float16 and bfloat16, the parameter's own type otherwise; norms are accumulated in float64, with the same bits for
-    any number of threads and any instruction set. ``p.grad`` is read, not written (but see ``fused``).
+    any number of threads and any instruction set. (On CUDA devices a thread accumulates its share of a chunk in the
+    type of arithmetic, the rest is float64; the same bits on every card.) ``p.grad`` is read, not written (but see
+    ``fused``).
+
+    On CUDA devices the host waits for nothing, and a step can be captured in a CUDA graph, after one that made the
+    momentum buffers. It waits, and refuses a capture, with ``nonfinite="error"``, with tensors that the kernels do not
+    take, with CPU and CUDA tensors in one optimizer, and where a step makes momentum buffers and may be skipped.
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer.
-        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits.
+        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits. The value of a
+            tensor on a CUDA device is read there, unchecked.
         momentum: >= 0.
         dampening: of momentum; not applied to the first gradient of a parameter.
         weight_decay: coupled weight decay, >= 0.
