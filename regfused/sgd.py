@@ -51,8 +51,9 @@ class SGD(reference.SGD):
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer.
-        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits. The value of a
-            tensor on a CUDA device is read there, unchecked.
+        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits (but under
+            ``classical_momentum``, whose velocity goes on). The value of a tensor on a CUDA device is read there,
+            unchecked.
         momentum: >= 0.
         dampening: of momentum; not applied to the first gradient of a parameter.
         weight_decay: coupled weight decay, >= 0.
