@@ -84,19 +84,22 @@ void SgdDriver::step(const SgdScalars& scalars) {
   }
 }
 
-void SgdDriver::step_without_host(const SgdScalars& scalars, bool needs_norm) {
-  totals_ = SgdTotals();
-  std::vector<at::Tensor> partials;
-  for (Slot& slot : slots_) {
-    slot.has_numbers = slot.live;
+void SgdDriver::measure_without_host(const SgdScalars& scalars, bool needs_norm) {
+  partials_.clear();
+  for (const Slot& slot : slots_) {
     if (!slot.live || !needs_norm) continue;
     slot.async->measure(*this, scalars);
-    partials.push_back(slot.async->partials());
+    partials_.push_back(slot.async->partials());
   }
+}
+
+void SgdDriver::step_without_host(const SgdScalars& scalars) {
+  totals_ = SgdTotals();
   bool counts = true;
-  for (const Slot& slot : slots_) {
+  for (Slot& slot : slots_) {
+    slot.has_numbers = slot.live;
     if (!slot.live) continue;
-    slot.async->judge_and_step(*this, scalars, partials, counts);
+    slot.async->judge_and_step(*this, scalars, partials_, counts);
     counts = false;
   }
 }

@@ -86,7 +86,8 @@ class SgdDriver : public SgdWork {
   void step(const SgdScalars& scalars);
 
   // Both passes, judged by the devices. Where nothing needs a norm there is one pass.
-  void step_without_host(const SgdScalars& scalars, bool needs_norm);
+  void measure_without_host(const SgdScalars& scalars, bool needs_norm);
+  void step_without_host(const SgdScalars& scalars);
 
   // Of the last step: what the host has, and SgdAsyncDevice::numbers() of every device that took part.
   SgdTotals totals() const { return totals_; }
@@ -102,6 +103,7 @@ class SgdDriver : public SgdWork {
   };
   std::vector<Slot> slots_;
   SgdTotals totals_;
+  std::vector<at::Tensor> partials_;  // of all devices, between both passes without the host
 };
 
 }  // namespace regfused

@@ -119,7 +119,8 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
     scalars.clips = max_norm.has_value();
     scalars.max_norm = max_norm.value_or(0);
     scalars.skip_nonfinite = nonfinite == "skip";
-    driver.step_without_host(scalars, needs_norm);
+    driver.measure_without_host(scalars, needs_norm);
+    driver.step_without_host(scalars);
   } else {
     TORCH_CHECK(
         !driver.is_capturing(),

@@ -105,9 +105,11 @@ class SgdPlan {
   void collect_buffer(size_t p, const at::Tensor& tensor);
   double norm_pass();
   bool update_pass(double norm);
-  std::string why_host_judges() const;
+  const char* why_host_judges() const;
   void let_devices_judge();
   bool let_host_judge(py::handle grad_scale, py::handle found_inf);
+  template <class Update>
+  void run(Update update);
   void finish_update();
   bool judge(double norm);
   [[noreturn]] void raise_nonfinite(double norm) const;

@@ -68,11 +68,11 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
   driver_.find_live();
-  const std::string why_host = why_host_judges();
-  TORCH_CHECK(why_host.empty() || !driver_.is_capturing(),
+  const char* why_host = why_host_judges();
+  TORCH_CHECK(!why_host || !driver_.is_capturing(),
               "regfused.SGD.step: a step in a CUDA graph must not need the host, but ", why_host);
   driver_.begin();
-  if (why_host.empty()) {
+  if (!why_host) {
     let_devices_judge();
     return true;
   }
@@ -82,21 +82,19 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
   return true;
 }
 
-// Why the devices cannot take this step by themselves, or an empty string.
-std::string SgdPlan::why_host_judges() const {
+// Why the devices cannot take this step by themselves, or null.
+const char* SgdPlan::why_host_judges() const {
   if (!driver_.can_leave_host()) return "a tensor is not on a CUDA device, or none has a gradient";
   if (!leftover.empty()) return "the reference has to step a tensor that the kernels do not take";
   if (groups_.front().nonfinite == SgdGroup::Nonfinite::error) return "nonfinite='error' may raise";
   const bool may_skip = driver_.found_inf.defined() || groups_.front().nonfinite == SgdGroup::Nonfinite::skip;
   if (!pending_.empty() && (may_skip || driver_.is_capturing()))
-    return c10::str("a momentum_buffer has to be made for ", name_of(params_[pending_.front().param]),
-                    " (take a step before the capture)");
-  return "";
+    return "a momentum_buffer has to be made (take a step before the capture)";
+  return nullptr;
 }
 
 // What the host has to know where it judges. False: the step is skipped.
 bool SgdPlan::let_host_judge(py::handle grad_scale, py::handle found_inf) {
-  devices_judged_ = false;
   if (driver_.found_inf.defined() && number(found_inf.ptr()) != 0) {
     ++skipped_;
     end_step();
@@ -119,11 +117,24 @@ void SgdPlan::let_devices_judge() {
   scalars_.clips = first.clips;
   scalars_.max_norm = first.max_norm;
   scalars_.skip_nonfinite = first.nonfinite == SgdGroup::Nonfinite::skip;
+  driver_.measure_without_host(scalars_, needs_norm());
   commit();
-  bump_versions();
-  driver_.step_without_host(scalars_, needs_norm());
+  run([&] { driver_.step_without_host(scalars_); });
   devices_judged_ = true;
   finish_update();
+}
+
+// The update itself. A CUDA device may refuse a launch: then what was committed is taken back.
+template <class Update>
+void SgdPlan::run(Update update) {
+  bump_versions();  // first: what was collected is still in the caches
+  try {
+    py::gil_scoped_release others_may_run;
+    update();
+  } catch (...) {
+    roll_back(pending_.size());
+    throw;
+  }
 }
 
 double SgdPlan::norm() {
@@ -222,7 +233,7 @@ bool SgdPlan::collect_usual(size_t p) {
   row.grad = nullptr;
   if (!grad.defined()) return true;
   if (!is_unchanged(param, tensor) || grad.key_set() != param.keys || grad.scalar_type() != param.dtype ||
-      !same_layout(grad, tensor))
+      grad.device() != tensor.device() || !same_layout(grad, tensor))
     return false;
   row.first = false;
   row.momentum_buffer = nullptr;
@@ -267,7 +278,9 @@ std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, cons
     if (!why.empty()) return why;
     return is_plain(param.object.ptr()) ? "is not for the kernels" : "is a tensor subclass";
   }
-  if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.sizes() == tensor.sizes()) return "";
+  if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.device() == tensor.device() &&
+      grad.sizes() == tensor.sizes())
+    return "";
   TORCH_CHECK(grad.device() == tensor.device(),
               "regfused.SGD.step: a gradient must be on the device of its parameter, ", "but ", name_of(param),
               " is on ", tensor.device(), " and its gradient on ", grad.device());
@@ -317,13 +330,8 @@ bool SgdPlan::update_pass(double norm) {
     return false;
   }
   commit();
-
-  // From here on nothing raises.
-  bump_versions();  // first: what was collected is still in the caches
-  {
-    py::gil_scoped_release others_may_run;
-    driver_.step(scalars_);
-  }
+  run([&] { driver_.step(scalars_); });
+  devices_judged_ = false;
   grad_norm_ = norm;
   clip_coef_ = scalars_.clip_coef;
   finish_update();
@@ -344,6 +352,7 @@ bool SgdPlan::judge(double norm) {
   const SgdGroup& group = groups_.front();
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::error) raise_nonfinite(norm);
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::skip) {
+    devices_judged_ = false;
     grad_norm_ = norm;
     clip_coef_ = 0;
     ++skipped_;

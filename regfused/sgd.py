@@ -140,8 +140,8 @@ def _step_outside_of_the_graph(optimizer: SGD) -> None:
 def _why_not_fused(params: list[torch.Tensor]) -> str:
     if extension.C is None:
         return f"the compiled part of regfused, but {extension.why_missing}"
+    devices = ("cpu", "cuda") if extension.C.build_info()["cuda"] else ("cpu",)
     for i, param in enumerate(params):
-        devices = ("cpu", "cuda") if extension.C.build_info()["cuda"] else ("cpu",)
         if param.device.type not in devices or param.dtype not in _FUSED_DTYPES or param.layout != torch.strided:
             return (
                 f"dense float32, float64, bfloat16 or float16 parameters on {' or '.join(devices)}, but parameter "

@@ -369,7 +369,7 @@ def test_graph_survives_what_comes_after_it():
     "prepare, message",
     [
         (lambda o, ps: o.param_groups[0].update(nonfinite="error"), "nonfinite='error' may raise"),
-        (lambda o, ps: o.state.clear(), "a momentum_buffer has to be made for parameter 0 of group 0"),
+        (lambda o, ps: o.state.clear(), "a momentum_buffer has to be made"),
         (lambda o, ps: o.add_param_group({"params": make_params([3]), "momentum": 0.0}), None),
         (lambda o, ps: setattr(ps[0], "grad", ps[0].grad.to_sparse()), "the reference has to step a tensor"),
     ],
@@ -433,6 +433,23 @@ def test_a_launch_that_fails(nth, kernel):
     assert_params_equal(params, before)
     optimizer.step()
     assert not torch.equal(params[0], before[0])
+
+
+@emulated_only
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"nonfinite": "error"}], ids=str)
+def test_a_first_launch_that_fails_leaves_no_state(options):
+    params = make_params([40, 41])
+    give_grads(params)
+    before = copy_params(params)
+    for nth, what in enumerate(("upload a table", *(["launch the norm kernel"] if options else []), "launch the step")):
+        optimizer = regfused.SGD(params, lr=0.1, momentum=0.9, **options)
+        emulator().emulated_fail(nth)
+        with pytest.raises(RuntimeError, match=what):
+            optimizer.step()
+        assert not optimizer.state
+        assert_params_equal(params, before)
+    optimizer.step()
+    assert len(optimizer.state) == 2
 
 
 def test_deepcopy_goes_its_own_way():

@@ -62,15 +62,19 @@ at::Tensor SgdOnCuda::allocate(size_t bytes) const {
   return at::empty({static_cast<int64_t>((bytes + 7) / 8)}, at::TensorOptions().device(memory_).dtype(at::kDouble));
 }
 
-// The old memory may still be in use: by kernels on another stream, or by a graph at its next replay.
+// A graph may read the old memory at its next replay.
 void SgdOnCuda::replace(at::Tensor& old, at::Tensor by) {
-  if (old.defined()) {
-    if (was_captured_)
-      retired_.push_back(old);
-    else
-      in_use_on_current_stream(old);
-  }
+  if (old.defined() && was_captured_) retired_.push_back(old);
   old = std::move(by);
+}
+
+// torch's allocator must know of each stream that uses what was allocated on another one.
+void SgdOnCuda::follow_stream() {
+  const cudaStream_t now = stream();
+  if (now == last_stream_) return;
+  last_stream_ = now;
+  for (const at::Tensor* tensor : {&tables_, &partials_, &gathered_, &sums_, &record_, &far_each_})
+    if (tensor->defined()) in_use_on_current_stream(*tensor);
 }
 
 void SgdOnCuda::send(const at::Tensor& to, const void* from, size_t bytes) {
@@ -106,10 +110,11 @@ void SgdOnCuda::cut_chunks(const SgdWork& work) {
 void SgdOnCuda::begin(const SgdWork& work) {
   const c10::DeviceGuard guard(memory_);
   converted_.clear();
+  follow_stream();
   update_table(work);
   if (!is_uploaded_) {
     TORCH_CHECK(!is_capturing(),
-                "regfused.SGD.step: in a CUDA graph a step must find everything as the step before left it, but "
+                "regfused: in a CUDA graph a step must find everything as the step before left it, but "
                 "parameters, momentum buffers or groups are new (take a step before the capture)");
     cut_chunks(work);
     upload_tables();
@@ -144,7 +149,9 @@ void SgdOnCuda::upload_tables() {
   std::copy_n(reinterpret_cast<const unsigned char*>(table_.data()), table_bytes, bytes.data() + chunk_bytes);
   replace(tables_, allocate(bytes.size()));
   replace(partials_, allocate(sizeof(double) * span_count_));
-  replace(sums_, at::zeros({2, span_count_}, partials_.options()));
+  at::Tensor sums = at::zeros({2, span_count_}, partials_.options());
+  if (sums_.defined()) sums.select(1, 0).copy_(sums_.sum(1));  // the numbers of the last step stay
+  replace(sums_, std::move(sums));
   send(tables_, bytes.data(), bytes.size());
   is_uploaded_ = true;
 }
@@ -172,7 +179,7 @@ void SgdOnCuda::collect_each(const SgdWork& work) {
   const size_t bytes = each_.size() * sizeof(uint64_t);
   if (bytes <= room_for_each_) return;
   if (!far_each_.defined() || far_each_.nbytes() < bytes) {
-    TORCH_CHECK(!is_capturing(), "regfused.SGD.step: take a step before the capture in a CUDA graph");
+    TORCH_CHECK(!is_capturing(), "regfused: take a step before the capture in a CUDA graph");
     replace(far_each_, allocate(bytes));
   }
   send(far_each_, each_.data(), bytes);

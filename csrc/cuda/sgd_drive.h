@@ -40,6 +40,7 @@ class SgdOnCuda : public SgdAsyncDevice {
   void gather(const std::vector<at::Tensor>& partials_of_all);
   at::Tensor allocate(size_t bytes) const;
   void replace(at::Tensor& old, at::Tensor by);
+  void follow_stream();
   void send(const at::Tensor& to, const void* from, size_t bytes);
   cudaStream_t stream() const;
 
@@ -71,6 +72,7 @@ class SgdOnCuda : public SgdAsyncDevice {
 
   // What a CUDA graph that was captured may still read when it is replayed.
   bool was_captured_ = false;
+  cudaStream_t last_stream_ = nullptr;
   std::vector<at::Tensor> retired_;
 };
 
