@@ -33,6 +33,7 @@ int64_t chunk_for(int64_t numel) {
 
 // A grid that leaves every block the same number of spans, or one less.
 int blocks_for(int64_t spans, int resident) {
+  resident = std::max(resident, 1);
   const int64_t rounds = std::max<int64_t>((spans + resident - 1) / resident, 1);
   return static_cast<int>(std::max<int64_t>((spans + rounds - 1) / rounds, 1));
 }
@@ -141,7 +142,9 @@ void SgdOnCuda::update_table(const SgdWork& work) {
 void SgdOnCuda::upload_tables() {
   doubles_ = false;
   for (const SgdDeviceTensor& tensor : table_) doubles_ |= tensor.dtype == DType::float64;
-  check_cuda(sgd_resident_blocks(device_.index(), doubles_, resident_), "tell how many blocks it runs at once");
+  const char* operation = "tell how many blocks it runs at once";
+  check_cuda(sgd_resident_blocks(SgdPass::norm, device_.index(), doubles_, resident_norm_), operation);
+  check_cuda(sgd_resident_blocks(SgdPass::step, device_.index(), doubles_, resident_step_), operation);
   const size_t chunk_bytes = chunks_.size() * sizeof(SgdChunk);
   const size_t table_bytes = table_.size() * sizeof(SgdDeviceTensor);
   std::vector<unsigned char> bytes(chunk_bytes + table_bytes);
@@ -222,12 +225,16 @@ SgdJob SgdOnCuda::job(const SgdWork& work, const SgdScalars& scalars) const {
   return job;
 }
 
+void SgdOnCuda::launch(SgdPass pass, const SgdJob& job, const char* operation) {
+  const int blocks = blocks_for(span_count_, pass == SgdPass::norm ? resident_norm_ : resident_step_);
+  check_cuda(launch_sgd(pass, job, reinterpret_cast<const unsigned char*>(each_.data()),
+                        each_.size() * sizeof(uint64_t), doubles_, blocks, stream()),
+             operation);
+}
+
 void SgdOnCuda::measure(const SgdWork& work, const SgdScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
-  check_cuda(
-      launch_sgd_norm(job(work, scalars), reinterpret_cast<const unsigned char*>(each_.data()),
-                      each_.size() * sizeof(uint64_t), doubles_, blocks_for(span_count_, resident_.norm), stream()),
-      "launch the norm kernel");
+  launch(SgdPass::norm, job(work, scalars), "launch the norm kernel");
 }
 
 double SgdOnCuda::measured(const SgdScalars& scalars) {
@@ -248,15 +255,9 @@ std::pair<int64_t, int64_t> SgdOnCuda::first_nonfinite() const {
   return {-1, -1};
 }
 
-void SgdOnCuda::launch_step(const SgdJob& job) {
-  check_cuda(launch_sgd_step(job, reinterpret_cast<const unsigned char*>(each_.data()), each_.size() * sizeof(uint64_t),
-                             doubles_, blocks_for(span_count_, resident_.step), stream()),
-             "launch the step kernel");
-}
-
 void SgdOnCuda::step(const SgdWork& work, const SgdScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
-  launch_step(job(work, scalars));
+  launch(SgdPass::step, job(work, scalars), "launch the step kernel");
 }
 
 void SgdOnCuda::judge_and_step(const SgdWork& work, const SgdScalars& scalars,
@@ -273,7 +274,7 @@ void SgdOnCuda::judge_and_step(const SgdWork& work, const SgdScalars& scalars,
     judging.gathered = static_cast<const double*>(gathered_.data_ptr());
     judging.gathered_count = static_cast<int32_t>(gathered_.numel());
   }
-  launch_step(judging);
+  launch(SgdPass::step, judging, "launch the step kernel");
 }
 
 // torch's copies between devices wait for each other on the devices, not on the host.

@@ -36,7 +36,7 @@ class SgdOnCuda : public SgdAsyncDevice {
   void collect_each(const SgdWork& work);
   SgdNumber number(const at::Tensor& tensor, double value) const;
   SgdJob job(const SgdWork& work, const SgdScalars& scalars) const;
-  void launch_step(const SgdJob& job);
+  void launch(SgdPass pass, const SgdJob& job, const char* operation);
   void gather(const std::vector<at::Tensor>& partials_of_all);
   at::Tensor allocate(size_t bytes) const;
   void replace(at::Tensor& old, at::Tensor by);
@@ -45,8 +45,8 @@ class SgdOnCuda : public SgdAsyncDevice {
   cudaStream_t stream() const;
 
   c10::Device device_;
-  c10::Device memory_;  // where its tensors are
-  SgdResidentBlocks resident_;
+  c10::Device memory_;                         // where its tensors are
+  int resident_norm_ = 0, resident_step_ = 0;  // blocks that run at the same time
   size_t room_for_each_ = 0;
 
   // On the host.

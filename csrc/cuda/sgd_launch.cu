@@ -63,8 +63,11 @@ template <size_t kBytes>
   return launch(kernel, arguments, blocks, stream);
 }
 
-// Small arguments where they do: larger ones take the host longer.
-bool is_small(const SgdJob& job, size_t bytes) { return job.each || bytes <= SgdArguments<kSmallArguments>::kRoom; }
+template <size_t kBytes>
+auto kernel_of(SgdPass pass, bool doubles) {
+  if (pass == SgdPass::norm) return doubles ? sgd_norm_kernel<kBytes, true> : sgd_norm_kernel<kBytes, false>;
+  return doubles ? sgd_step_kernel<kBytes, true> : sgd_step_kernel<kBytes, false>;
+}
 
 bool has_large_arguments() {
   static const bool has = [] {
@@ -91,37 +94,23 @@ size_t sgd_room_for_each() {
   return has_large_arguments() ? SgdArguments<kLargeArguments>::kRoom : SgdArguments<kSmallArguments>::kRoom;
 }
 
-cudaError_t sgd_resident_blocks(int device, bool doubles, SgdResidentBlocks& blocks) {
-  int multiprocessors = 0;
+cudaError_t sgd_resident_blocks(SgdPass pass, int device, bool doubles, int& blocks) {
+  int multiprocessors = 0, of_each = 0;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
     return error;
-  const auto norm = doubles ? sgd_norm_kernel<kLargeArguments, true> : sgd_norm_kernel<kLargeArguments, false>;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks.norm, norm, kThreads, 0))
+  const auto kernel = kernel_of<kLargeArguments>(pass, doubles);
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0))
     return error;
-  const auto step = doubles ? sgd_step_kernel<kLargeArguments, true> : sgd_step_kernel<kLargeArguments, false>;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks.step, step, kThreads, 0))
-    return error;
-  blocks.norm *= multiprocessors;
-  blocks.step *= multiprocessors;
+  blocks = multiprocessors * of_each;
   return cudaSuccess;
 }
 
-cudaError_t launch_sgd_norm(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles, int blocks,
-                            cudaStream_t stream) {
-  if (is_small(job, bytes))
-    return launch_with(doubles ? sgd_norm_kernel<kSmallArguments, true> : sgd_norm_kernel<kSmallArguments, false>, job,
-                       each, bytes, blocks, stream);
-  return launch_with(doubles ? sgd_norm_kernel<kLargeArguments, true> : sgd_norm_kernel<kLargeArguments, false>, job,
-                     each, bytes, blocks, stream);
-}
-
-cudaError_t launch_sgd_step(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles, int blocks,
-                            cudaStream_t stream) {
-  if (is_small(job, bytes))
-    return launch_with(doubles ? sgd_step_kernel<kSmallArguments, true> : sgd_step_kernel<kSmallArguments, false>, job,
-                       each, bytes, blocks, stream);
-  return launch_with(doubles ? sgd_step_kernel<kLargeArguments, true> : sgd_step_kernel<kLargeArguments, false>, job,
-                     each, bytes, blocks, stream);
+cudaError_t launch_sgd(SgdPass pass, const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles,
+                       int blocks, cudaStream_t stream) {
+  // Small arguments where they do: larger ones take the host longer.
+  if (job.each || bytes <= SgdArguments<kSmallArguments>::kRoom)
+    return launch_with(kernel_of<kSmallArguments>(pass, doubles), job, each, bytes, blocks, stream);
+  return launch_with(kernel_of<kLargeArguments>(pass, doubles), job, each, bytes, blocks, stream);
 }
 
 namespace {

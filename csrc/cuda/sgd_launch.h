@@ -15,19 +15,14 @@ std::string sgd_cuda_built();
 // Bytes of `each` (see SgdJob) that fit the arguments of a kernel on this machine.
 size_t sgd_room_for_each();
 
-// Blocks that the current device runs at the same time.
-struct SgdResidentBlocks {
-  int norm = 0;
-  int step = 0;
-};
-[[nodiscard]] cudaError_t sgd_resident_blocks(int device, bool doubles, SgdResidentBlocks& blocks);
+enum class SgdPass { norm, step };
 
-// `each`: what goes behind the job, on the host; of no meaning where job.each is set. `doubles`: whether a tensor is
-// float64.
-[[nodiscard]] cudaError_t launch_sgd_norm(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles,
-                                          int blocks, cudaStream_t stream);
-[[nodiscard]] cudaError_t launch_sgd_step(const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles,
-                                          int blocks, cudaStream_t stream);
+// Blocks of a kernel that the current device runs at the same time. `doubles`: whether a tensor is float64.
+[[nodiscard]] cudaError_t sgd_resident_blocks(SgdPass pass, int device, bool doubles, int& blocks);
+
+// `each`: what goes behind the job, on the host; of no meaning where job.each is set.
+[[nodiscard]] cudaError_t launch_sgd(SgdPass pass, const SgdJob& job, const unsigned char* each, size_t bytes,
+                                     bool doubles, int blocks, cudaStream_t stream);
 
 // Copies `bytes` (a multiple of 8) from the host to the device inside the arguments of kernels: the
 // host's memory is free again at once, nothing waits, and a CUDA graph keeps what it was given.
