@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ class SuiteResult:
     skipped: int = 0
     failed: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)  # name, first line of the message
-    reasons: Counter[str] = field(default_factory=Counter)  # for which tests were skipped
+    reasons: dict[str, int] = field(default_factory=dict)  # for which tests were skipped, and how many
     problem: str = ""  # of the run as a whole
 
     @property
@@ -47,7 +46,8 @@ class SuiteResult:
             more = f"The first {SHOWN} of {len(self.failures)}." if len(self.failures) > SHOWN else ""
             tables.append(report.Table(f"{title}: failures", ["test", "says"], rows, more, names=2))
         if self.reasons:
-            rows = [[report.cell(reason), str(count)] for reason, count in self.reasons.most_common(10)]
+            most = sorted(self.reasons.items(), key=lambda item: -item[1])[:10]
+            rows = [[report.cell(reason), str(count)] for reason, count in most]
             tables.append(report.Table(f"{title}: skipped", ["reason", "tests"], rows))
         return tables
 
@@ -77,7 +77,8 @@ def read(file: Path) -> SuiteResult:
             result.failures.append((f"{case.get('classname')}::{case.get('name')}", _first_line(bad[0])))
         elif skip is not None:
             result.skipped += 1
-            result.reasons[_first_line(skip)] += 1
+            reason = _first_line(skip)
+            result.reasons[reason] = result.reasons.get(reason, 0) + 1
         else:
             result.passed += 1
     return result
