@@ -25,7 +25,7 @@ def build_info() -> BuildInfo:
         A dictionary that prints as a table: ``regfused``, ``torch`` and ``python`` (versions that run), ``compiled``
         (True, or why the compiled part is not used), ``threads``, and where it is compiled ``built for torch``,
         ``compiler``, ``isa`` (in use; the environment variable ``REGFUSED_ISA`` chooses another), ``isas`` (that this
-        machine runs) and ``cuda`` (toolkit and architectures of the CUDA code, or why there is none).
+        machine runs) and ``cuda`` (toolkit and architectures of the CUDA kernels, or "not built").
 
     Raises:
         RuntimeError: where ``REGFUSED_ISA`` asks for what this machine does not run.
