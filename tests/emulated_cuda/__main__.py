@@ -1,4 +1,4 @@
-"""Runs pytest on the emulated CUDA kernels, by default all tests of the step: python -m tests.emulated_cuda [ARGUMENTS]."""
+"""Runs pytest on the emulated CUDA kernels, by default the tests of the step: python -m tests.emulated_cuda [ARGS]."""
 
 import os
 import platform
