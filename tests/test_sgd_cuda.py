@@ -5,6 +5,8 @@ import copy
 import ctypes
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_same_bits_on_every_grid_and_in_every_order(dtype, monkeypatch):
 
 @pytest.mark.parametrize("count", (100, 600, 4200))
 @pytest.mark.parametrize("driver", (13000, 11000))
-def test_any_number_of_tensors(count, driver, monkeypatch):
+def test_any_number_of_tensors(count, driver):
     # Gradients fit 4 KB of arguments, 32 KB where the driver takes them, or neither; above 4096 chunks, several of
     # them share a partial norm.
     if driver == 11000:
@@ -118,9 +120,6 @@ def test_any_number_of_tensors(count, driver, monkeypatch):
 
 
 def run_again(code, **environment):
-    import subprocess
-    import sys
-
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import conftest; {code}"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300

@@ -10,7 +10,7 @@ namespace regfused {
 
 // Two launches for a step, one where nothing needs a norm. What stays the same from step to step is in
 // tables in the memory of the device, uploaded when it changed; the rest are arguments of the kernels.
-// Only with more tensors than fit there (some 4000) a launch for each 500 of them goes ahead.
+// Only with more tensors than fit there (some 4000) a launch for each 4000 of them goes ahead.
 class SgdOnCuda : public SgdAsyncDevice {
  public:
   explicit SgdOnCuda(c10::Device device);

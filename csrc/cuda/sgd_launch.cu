@@ -11,8 +11,9 @@ namespace regfused {
 namespace {
 
 // Blocks of 256 threads on a multiprocessor, at least. With 4 a thread has 64 registers, and three
-// accesses of 16 bytes are in flight for each of 1024 threads, about twice what hides the latency of
-// the memory. float64 does not fit 64 registers, and so has kernels of its own.
+// accesses of 16 bytes are in flight for each of 1024 threads: by Little's law, not by measurement,
+// about twice what hides the latency of an H100's memory. float64 does not fit 64 registers, and so
+// has kernels of its own.
 template <bool kDoubles>
 constexpr int kBlocksPerMultiprocessor = kDoubles ? 2 : 4;
 
