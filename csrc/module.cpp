@@ -20,7 +20,7 @@ py::dict build_info() {
       "g++ " __VERSION__;
 #endif
   info["isas"] = usable_isas();
-  info["isa"] = choose_sgd_kernels()->isa;
+  info["isa"] = choose_kernels()->isa;
   info["cuda"] = cuda_built();
   return info;
 }

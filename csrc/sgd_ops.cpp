@@ -9,8 +9,8 @@
 #include <torch/library.h>
 
 #include "devices.h"
-#include "sgd_check.h"
 #include "sgd_drive.h"
+#include "tensor_check.h"
 
 namespace regfused {
 namespace {
@@ -150,14 +150,6 @@ void sgd_meta(at::TensorList params, at::TensorList grads, at::TensorList moment
 
 }  // namespace
 
-TORCH_LIBRARY(regfused, m) {
-  m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first, *, float lr, "
-      "float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, float l1=0, float l2=0, "
-      "bool proximal=False, float? max_norm=None, float norm_type=2, bool penalty_in_clip=True, "
-      "str nonfinite='propagate', bool decoupled_weight_decay=False, bool classical_momentum=False, "
-      "bool maximize=False) -> ()");
-}
 TORCH_LIBRARY_IMPL(regfused, CPU, m) { m.impl("sgd_", &sgd_kernels); }
 TORCH_LIBRARY_IMPL(regfused, CUDA, m) { m.impl("sgd_", &sgd_kernels); }
 TORCH_LIBRARY_IMPL(regfused, Meta, m) { m.impl("sgd_", &sgd_meta); }

@@ -9,7 +9,7 @@
 
 #include "devices.h"
 #include "python_values.h"
-#include "sgd_check.h"
+#include "tensor_check.h"
 
 namespace regfused {
 

@@ -11,8 +11,8 @@
 #include "cpu/parallel.h"
 #include "devices.h"
 #include "python_values.h"
-#include "sgd_check.h"
 #include "sgd_plan.h"
+#include "tensor_check.h"
 
 namespace regfused {
 

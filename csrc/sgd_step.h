@@ -4,12 +4,11 @@
 
 #include <cstdint>
 
+#include "chunk.h"
 #include "norm_rule.h"
 #include "sgd_rule.h"
 
 namespace regfused {
-
-enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 
 struct SgdTensor {
   void* param = nullptr;
@@ -20,12 +19,6 @@ struct SgdTensor {
   int8_t device = 0;  // an index of the driver's
   DType dtype = DType::float32;
   bool first = false;  // the first gradient of this parameter: what the buffer holds is not read as b
-};
-
-struct SgdChunk {
-  int32_t tensor;
-  int32_t size;
-  int64_t begin;
 };
 
 // What holds for all tensors of one step.
@@ -62,9 +55,8 @@ enum SgdRecord {
 
 // The two passes over one chunk, compiled once per instruction set.
 struct SgdKernels {
-  const char* isa;
-  void (*norm)(const SgdTensor&, const SgdChunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
-  void (*step)(const SgdTensor&, const SgdChunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
+  void (*norm)(const SgdTensor&, const Chunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
+  void (*step)(const SgdTensor&, const Chunk&, const SgdHyper&, const SgdScalars&, SgdPartial&);
 };
 
 }  // namespace regfused

@@ -18,22 +18,26 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # As setup.py has them; warnings are errors here.
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Werror=all-warnings"]
 
-# Registers of a thread, at most. 64 let a multiprocessor run 1024 threads, which its memory needs; float64 is allowed
-# half of them.
+# Registers of a thread, at most, by file and kernel. 64 let a multiprocessor run 1024 threads, which its memory needs;
+# float64 is allowed half of them.
+ROOMS = (4096, 32764)
 REGISTERS = {
-    "sgd_norm_kernel<{}, false>": 64,
-    "sgd_step_kernel<{}, false>": 64,
-    "sgd_norm_kernel<{}, true>": 128,
-    "sgd_step_kernel<{}, true>": 128,
-    "upload_kernel<{}>": 64,
+    "sgd_launch.cu": {
+        **{f"sgd_norm_kernel<{room}, false>": 64 for room in ROOMS},
+        **{f"sgd_step_kernel<{room}, false>": 64 for room in ROOMS},
+        **{f"sgd_norm_kernel<{room}, true>": 128 for room in ROOMS},
+        **{f"sgd_step_kernel<{room}, true>": 128 for room in ROOMS},
+        **{f"upload_kernel<{room}>": 64 for room in ROOMS},
+    },
 }
-BUDGET = {name.format(room): most for name, most in REGISTERS.items() for room in (4096, 32764)}
 
-# Loads and stores of 16 bytes in a kernel, at least: each pass over an array, for float32, bfloat16 and float16, with
-# and without the parameter (norm: twice, as sums may be taken once more in double) or the momentum buffer (step).
+# Loads and stores of 16 bytes in a kernel, at least. The step: each pass over an array, for float32, bfloat16 and
+# float16, with and without the parameter (norm: twice, as sums may be taken once more in double) or momentum buffer.
 WIDE = {
-    "sgd_norm_kernel<{}, false>": (3 * (1 + 2) * 2, 0),
-    "sgd_step_kernel<{}, false>": (3 * (2 + 3), 3 * (1 + 2)),
+    "sgd_launch.cu": {
+        **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
+        **{f"sgd_step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
+    },
 }
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -51,58 +55,64 @@ def demangled(text: str) -> str:
 
 def short(name: str) -> str:
     """`void regfused::(anonymous namespace)::sgd_norm_kernel<4096ul, true>(...)` -> `sgd_norm_kernel<4096, true>`"""
-    found = re.search(r"(\w+_kernel)<(\d+)ul(, \w+)?>", name)
+    found = re.search(r"\w+_kernel\b(<.*?>)?(?=\(|$)", name)
     assert found, name
-    return f"{found[1]}<{found[2]}{found[3] or ''}>"
+    return re.sub(r"(\d)ul", r"\1", found[0]).replace("regfused::", "")
+
+
+def test_every_file_of_kernels_is_listed():
+    assert REGISTERS.keys() == {path.name for path in CUDA.glob("*.cu")}
 
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_registers_and_spills(architecture, tmp_path):
+@pytest.mark.parametrize("file", REGISTERS)
+def test_registers_and_spills(file, architecture, tmp_path):
     if f"compute_{architecture}\n" not in nvcc("--list-gpu-arch"):
         pytest.skip("this nvcc does not know it")
     code = f"arch=compute_{architecture},code=sm_{architecture}"
-    report = nvcc(*FLAGS, "-Xptxas", "-v", "-gencode", code, "-c", CUDA / "sgd_launch.cu", "-o", tmp_path / "kernels.o")
+    report = nvcc(*FLAGS, "-Xptxas", "-v", "-gencode", code, "-c", CUDA / file, "-o", tmp_path / "kernels.o")
     seen = {}
     for kernel in demangled(report).split("Compiling entry function ")[1:]:
         spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel)
         registers = re.search(r"Used (\d+) registers", kernel)
         assert spilled and registers, kernel
-        assert spilled.groups() == ("0", "0", "0"), (short(kernel), spilled[0])
-        seen[short(kernel)] = int(registers[1])
-    assert seen.keys() == BUDGET.keys()
-    assert {name: n for name, n in seen.items() if n > BUDGET[name]} == {}
+        name = short(kernel.split("'")[1])
+        assert spilled.groups() == ("0", "0", "0"), (name, spilled[0])
+        seen[name] = int(registers[1])
+    assert seen.keys() == REGISTERS[file].keys()
+    assert {name: n for name, n in seen.items() if n > REGISTERS[file][name]} == {}
 
 
 @needs_nvcc
-def test_accesses_are_16_bytes_wide(tmp_path):
-    nvcc(*FLAGS, "-arch=compute_80", "-ptx", CUDA / "sgd_launch.cu", "-o", tmp_path / "kernels.ptx")
+@pytest.mark.parametrize("file", WIDE)
+def test_accesses_are_16_bytes_wide(file, tmp_path):
+    nvcc(*FLAGS, "-arch=compute_80", "-ptx", CUDA / file, "-o", tmp_path / "kernels.ptx")
     kernels = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
-    assert len(kernels) == len(BUDGET)
+    assert len(kernels) == len(REGISTERS[file])
     counts = {}
     for kernel in kernels:
         loads = re.findall(r"\bld\.global(?:\.nc)?\.v4\.[busf]32", kernel)
         stores = re.findall(r"\bst\.global\.v4\.[busf]32", kernel)
         counts[short(demangled(kernel.split("(", 1)[0]))] = len(loads), len(stores)
-    for name, (loads, stores) in WIDE.items():
-        for room in (4096, 32764):
-            seen = counts[name.format(room)]
-            assert seen[0] >= loads and seen[1] >= stores, (name, seen)
+    for name, (loads, stores) in WIDE[file].items():
+        assert counts[name][0] >= loads and counts[name][1] >= stores, (name, counts[name])
 
 
 @needs_nvcc
 def test_kernels_link_without_torch(tmp_path):
     library = tmp_path / "kernels.so"
-    nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", CUDA / "sgd_launch.cu", "-o", library)
+    nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", *CUDA.glob("*.cu"), "-o", library)
     room = ctypes.CDLL(str(library))["_ZN8regfused17sgd_room_for_eachEv"]
     room.restype = ctypes.c_size_t
     assert 3000 < room() < 32764
 
 
 def test_kernel_files_have_no_torch_header():
-    free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "sgd_job.h", CUDA / "sgd_launch.h"]
-    free += [*(ROOT / "csrc").glob("*_rule.h"), ROOT / "csrc" / "sgd_step.h", ROOT / "csrc" / "portable.h"]
-    assert len(free) >= 9
+    free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*_job.h"), *CUDA.glob("*_launch.h")]
+    free += [CUDA / "limits.h", CUDA / "number.h", *(ROOT / "csrc").glob("*_rule.h")]
+    free += [ROOT / "csrc" / name for name in ("chunk.h", "portable.h", "sgd_step.h")]
+    assert len(free) >= 15
     for path in free:
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
             assert not header.startswith(("torch", "ATen", "c10", "pybind11")), (path.name, header)
@@ -111,7 +121,7 @@ def test_kernel_files_have_no_torch_header():
 def unchecked_calls(code: str) -> list[str]:
     """Calls of the CUDA runtime, and of functions that return its errors, whose result nobody looks at."""
     code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", "", code)
-    failing = r"(cuda[A-Z]\w*|launch_with|launch_sgd|sgd_resident_blocks|upload|upload_pieces(?:<\w+>)?)"
+    failing = r"(cuda[A-Z]\w*|launch_\w+|\w+_resident_blocks|upload|upload_pieces(?:<\w+>)?)"
     harmless = {"cudaGetErrorString", "cudaGetLastError"}  # they report, and do not fail
     looked_at = (
         r"(return|check_cuda\(|const cudaError_t error =|cudaError_t|return cudaDriverGetVersion\(&driver\) &&)\s*$"
@@ -124,10 +134,10 @@ def unchecked_calls(code: str) -> list[str]:
 
 
 def test_each_call_of_the_runtime_is_checked():
-    for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")]:
+    for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.cpp")]:
         assert unchecked_calls(path.read_text()) == [], path.name
     assert unchecked_calls("  launch_sgd(pass, job);") and unchecked_calls("kernel<<<1, 2>>>();")
-    launches = (CUDA / "sgd_launch.cu").read_text().count("cudaLaunchKernelEx(")
+    launches = sum(path.read_text().count("cudaLaunchKernelEx(") for path in CUDA.iterdir())
     assert launches == 1, "all launches go through one function"
 
 

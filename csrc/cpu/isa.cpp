@@ -8,14 +8,14 @@
 namespace regfused {
 
 namespace plain {
-const SgdKernels* sgd_kernels();
+const Kernels* kernels();
 }
 #if defined(__x86_64__)
 namespace avx2 {
-const SgdKernels* sgd_kernels();
+const Kernels* kernels();
 }
 namespace avx512 {
-const SgdKernels* sgd_kernels();
+const Kernels* kernels();
 }
 #endif
 
@@ -24,21 +24,21 @@ namespace {
 struct Isa {
   const char* name;
   bool usable;
-  const SgdKernels* (*sgd_kernels)();
+  const Kernels* (*kernels)();
 };
 
 // Worst first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = [] {
-    std::vector<Isa> isas = {{"plain", true, plain::sgd_kernels}};
+    std::vector<Isa> isas = {{"plain", true, plain::kernels}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     // Each test also asks the operating system whether it saves the registers.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    isas.push_back({"avx2", avx2, avx2::sgd_kernels});
-    isas.push_back({"avx512", avx512, avx512::sgd_kernels});
+    isas.push_back({"avx2", avx2, avx2::kernels});
+    isas.push_back({"avx512", avx512, avx512::kernels});
 #endif
     return isas;
   }();
@@ -54,7 +54,7 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
-const SgdKernels* choose_sgd_kernels() {
+const Kernels* choose_kernels() {
   const char* asked = std::getenv("REGFUSED_ISA");
   const bool any = asked == nullptr || *asked == '\0';
   const Isa* chosen = nullptr;
@@ -65,7 +65,7 @@ const SgdKernels* choose_sgd_kernels() {
     if (any || std::string(asked) == isa.name) chosen = &isa;
   }
   TORCH_CHECK(chosen, "regfused: REGFUSED_ISA must be one of ", usable, " on this machine, but is '", asked, "'");
-  return chosen->sgd_kernels();
+  return chosen->kernels();
 }
 
 }  // namespace regfused

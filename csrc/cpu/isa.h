@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../sgd_step.h"
+#include "kernels.h"
 
 namespace regfused {
 
@@ -13,6 +13,6 @@ std::vector<std::string> usable_isas();
 
 // The kernels of REGFUSED_ISA (plain, avx2 or avx512) where that environment variable is set,
 // otherwise the best that this machine runs. Raises where the machine cannot run what is asked.
-const SgdKernels* choose_sgd_kernels();
+const Kernels* choose_kernels();
 
 }  // namespace regfused

@@ -20,7 +20,7 @@
 #define REGFUSED_ISA avx2
 #define REGFUSED_VECTOR_BYTES 32
 
-#include "sgd_kernel.h"
+#include "isa_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -21,7 +21,7 @@
 #define REGFUSED_ISA avx512
 #define REGFUSED_VECTOR_BYTES 64
 
-#include "sgd_kernel.h"
+#include "isa_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,4 +11,4 @@
 #define REGFUSED_ISA plain
 #define REGFUSED_VECTOR_BYTES 16
 
-#include "sgd_kernel.h"
+#include "isa_kernels.h"

@@ -9,6 +9,9 @@
 
 namespace regfused {
 
+// Below this many elements a pass over float32 arrays runs on the calling thread: waking others costs more.
+constexpr int64_t kSerialElements = 65536;
+
 // The threads of an OpenMP pool do not survive fork(): waiting for them would hang the child.
 bool in_forked_child();
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../sgd_drive.h"
+#include "chunks.h"
 
 namespace regfused {
 
@@ -23,9 +24,8 @@ class SgdOnCpu : public SgdDevice {
   template <class Pass>
   void run(const SgdWork& work, Pass pass);
 
-  const SgdKernels* kernels_ = nullptr;
-  std::vector<SgdChunk> chunks_;
-  std::vector<int64_t> work_before_;  // each chunk, in elements, and in all
+  SgdKernels kernels_ = {};
+  Chunks chunks_;
   std::vector<SgdPartial> partials_;
   SgdTotals totals_;
 };

@@ -1,113 +1,15 @@
 // The two passes of an SGD step over one chunk, for one instruction set.
 #pragma once
 
-#include <utility>
-
 #include "../sgd_step.h"
-#include "vector.h"
+#include "lanes.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {
 namespace {
 
-// A sum (or maximum) over kLanes fixed lanes of doubles. Doubles hold the square of any float:
-// no overflow, no underflow, and the order of additions does not depend on the vector width.
-struct NormLanes {
-  NormType type;
-  Doubles lanes[kLanes / kDoubles] = {};
-
-  explicit NormLanes(NormType type) : type(type) {}
-
-  // The vector at position I of a row of kLanes elements.
-  template <int I>
-  REGFUSED_RULE void add(Floats x) {
-    lanes[2 * I] = norm_accumulate(type, lanes[2 * I], widen_low(x));
-    lanes[2 * I + 1] = norm_accumulate(type, lanes[2 * I + 1], widen_high(x));
-  }
-  template <int I>
-  REGFUSED_RULE void add(Doubles x) {
-    lanes[I] = norm_accumulate(type, lanes[I], x);
-  }
-  REGFUSED_RULE double total() const {
-    double parts[kLanes];
-    __builtin_memcpy(parts, lanes, sizeof parts);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int j = 0; j < half; ++j) parts[j] = norm_combine(type, parts[j], parts[j + half]);
-    return parts[0];
-  }
-};
-
-// A sum of small numbers for the record: each row in the type of arithmetic, the rows in doubles.
-struct RowSum {
-  Doubles sums[2] = {};
-
-  REGFUSED_RULE void add(Floats row) {
-    sums[0] += widen_low(row);
-    sums[1] += widen_high(row);
-  }
-  REGFUSED_RULE void add(Doubles row) { sums[0] += row; }
-  REGFUSED_RULE double total() const {
-    double total = 0;
-    for (int j = 0; j < kDoubles; ++j) total += sums[0][j] + sums[1][j];
-    return total;
-  }
-};
-
-template <int I>
-using Position = std::integral_constant<int, I>;
-
-// Calls body(Position<I>, offset) for each vector of a row of kLanes elements.
-template <int N, class Body, int... I>
-REGFUSED_RULE void for_each_vector(Body&& body, std::integer_sequence<int, I...>) {
-  (body(Position<I>{}, I * N), ...);
-}
-template <class S, class Body>
-REGFUSED_RULE void for_each_vector(Body&& body) {
-  constexpr int N = sizeof(typename Storage<S>::V) / sizeof(typename Storage<S>::T);
-  for_each_vector<N>(body, std::make_integer_sequence<int, kLanes / N>{});
-}
-
-// Row after row of one array; the last, short row is worked on in a copy filled up with zeros, so
-// that there is no second formula for the tail.
-template <class S>
-class Rows {
- public:
-  Rows(void* array, const SgdChunk& chunk) : at_(static_cast<S*>(array) + chunk.begin) {}
-
-  REGFUSED_RULE S* row(int64_t i, int64_t n) {
-    if (n - i >= kLanes) return at_ + i;
-    __builtin_memset(last_, 0, sizeof last_);
-    __builtin_memcpy(last_, at_ + i, (n - i) * sizeof(S));
-    return last_;
-  }
-  REGFUSED_RULE void write_back(int64_t i, int64_t n) {
-    if (n - i < kLanes) __builtin_memcpy(at_ + i, last_, (n - i) * sizeof(S));
-  }
-  // Zeros in the filled-up part of the last row.
-  int64_t zeros_beyond(int64_t n) const {
-    int64_t zeros = 0;
-    if (n % kLanes)
-      for (int64_t j = n % kLanes; j < kLanes; ++j) zeros += is_zero(last_[j]);
-    return zeros;
-  }
-
- private:
-  S* at_;
-  S last_[kLanes];
-};
-
-// Asks for the row that is worked on a little later: a core's own prefetcher leaves part of the memory's
-// speed unused, in the norm pass, which only reads, more than a quarter of it. Twice or four times
-// the distance makes no difference.
-template <class S>
-REGFUSED_RULE void prefetch(const S* row) {
-  constexpr int kBytesAhead = 1024, kCacheLine = 64;
-  const char* ahead = reinterpret_cast<const char*>(row) + kBytesAhead;
-  for (int i = 0; i < int(kLanes * sizeof(S)); i += kCacheLine) __builtin_prefetch(ahead + i);
-}
-
 template <class S, bool kPenalty>
-void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
+void norm_chunk(const SgdTensor& tensor, const Chunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
                 SgdPartial& partial) {
   using T = typename Storage<S>::T;
   const SgdGradient<T> gradient(hyper, scalars.grad_scale);
@@ -130,7 +32,7 @@ void norm_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
 }
 
 template <class S, bool kMomentum, bool kWriteGrad>
-void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
+void step_chunk(const SgdTensor& tensor, const Chunk& chunk, const SgdHyper& hyper, const SgdScalars& scalars,
                 SgdPartial& partial) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
@@ -173,37 +75,31 @@ void step_chunk(const SgdTensor& tensor, const SgdChunk& chunk, const SgdHyper& 
 }
 
 template <class S>
-void norm_dtype(const SgdTensor& t, const SgdChunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) {
+void norm_dtype(const SgdTensor& t, const Chunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) {
   (h.penalty_in_norm() ? norm_chunk<S, true> : norm_chunk<S, false>)(t, c, h, s, p);
 }
 
 template <class S>
-void step_dtype(const SgdTensor& t, const SgdChunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) {
+void step_dtype(const SgdTensor& t, const Chunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) {
   if (t.momentum_buffer)
     (s.write_unscaled_grad ? step_chunk<S, true, true> : step_chunk<S, true, false>)(t, c, h, s, p);
   else
     (s.write_unscaled_grad ? step_chunk<S, false, true> : step_chunk<S, false, false>)(t, c, h, s, p);
 }
 
-#define REGFUSED_BY_DTYPE(function)                                                                  \
-  [](const SgdTensor& t, const SgdChunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) { \
-    switch (t.dtype) {                                                                               \
-      case DType::float32: return function<float>(t, c, h, s, p);                                    \
-      case DType::float64: return function<double>(t, c, h, s, p);                                   \
-      case DType::bfloat16: return function<BFloat16>(t, c, h, s, p);                                \
-      case DType::float16: return function<Float16>(t, c, h, s, p);                                  \
-    }                                                                                                \
+#define REGFUSED_BY_DTYPE(function)                                                               \
+  [](const SgdTensor& t, const Chunk& c, const SgdHyper& h, const SgdScalars& s, SgdPartial& p) { \
+    switch (t.dtype) {                                                                            \
+      case DType::float32: return function<float>(t, c, h, s, p);                                 \
+      case DType::float64: return function<double>(t, c, h, s, p);                                \
+      case DType::bfloat16: return function<BFloat16>(t, c, h, s, p);                             \
+      case DType::float16: return function<Float16>(t, c, h, s, p);                               \
+    }                                                                                             \
   }
 
+constexpr SgdKernels kSgdKernels = {REGFUSED_BY_DTYPE(norm_dtype), REGFUSED_BY_DTYPE(step_dtype)};
+#undef REGFUSED_BY_DTYPE
+
 }  // namespace
-
-const SgdKernels* sgd_kernels() {
-#define REGFUSED_NAME_OF(isa) #isa
-#define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
-  static const SgdKernels kernels = {REGFUSED_NAME(REGFUSED_ISA), REGFUSED_BY_DTYPE(norm_dtype),
-                                     REGFUSED_BY_DTYPE(step_dtype)};
-  return &kernels;
-}
-
 }  // namespace REGFUSED_ISA
 }  // namespace regfused

@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "sgd_job.h"
+#include "limits.h"
 
 // A variable of the block, without a constructor. A macro, because what stands for shared memory
 // where a kernel is compiled for the host is no storage class.

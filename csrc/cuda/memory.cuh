@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../chunk.h"
+
 namespace regfused {
 
 // The type of arithmetic for a storage type.
@@ -39,6 +41,19 @@ template <class S>
 __device__ __forceinline__ S* in_global_memory(void* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return static_cast<S*>(pointer);
+}
+
+// function.template operator()<S>() for the storage type S. Without kDoubles no tensor is float64.
+template <bool kDoubles, class Function>
+__device__ __forceinline__ void by_dtype(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32: return function.template operator()<float>();
+    case DType::float64:
+      if constexpr (kDoubles) function.template operator()<double>();
+      return;
+    case DType::bfloat16: return function.template operator()<__nv_bfloat16>();
+    case DType::float16: return function.template operator()<__half>();
+  }
 }
 
 constexpr int kAccessBytes = 16;

@@ -38,7 +38,7 @@ int blocks_for(int64_t spans, int resident) {
   return static_cast<int>(std::max<int64_t>((spans + rounds - 1) / rounds, 1));
 }
 
-static_assert(sizeof(SgdChunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && sizeof(SgdDeviceGroup) % 8 == 0 &&
+static_assert(sizeof(Chunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && sizeof(SgdDeviceGroup) % 8 == 0 &&
               sizeof(SgdGrad) == 8);
 
 }  // namespace
@@ -145,7 +145,7 @@ void SgdOnCuda::upload_tables() {
   const char* operation = "tell how many blocks it runs at once";
   check_cuda(sgd_resident_blocks(SgdPass::norm, device_.index(), doubles_, resident_norm_), operation);
   check_cuda(sgd_resident_blocks(SgdPass::step, device_.index(), doubles_, resident_step_), operation);
-  const size_t chunk_bytes = chunks_.size() * sizeof(SgdChunk);
+  const size_t chunk_bytes = chunks_.size() * sizeof(Chunk);
   const size_t table_bytes = table_.size() * sizeof(SgdDeviceTensor);
   std::vector<unsigned char> bytes(chunk_bytes + table_bytes);
   std::copy_n(reinterpret_cast<const unsigned char*>(chunks_.data()), chunk_bytes, bytes.data());
@@ -189,7 +189,7 @@ void SgdOnCuda::collect_each(const SgdWork& work) {
 }
 
 // A number on the device where there is one, in a type that the kernels read.
-SgdNumber SgdOnCuda::number(const at::Tensor& tensor, double value) const {
+DeviceNumber SgdOnCuda::number(const at::Tensor& tensor, double value) const {
   if (!tensor.defined()) return {value, nullptr, false};
   at::Tensor here = tensor;
   const at::ScalarType read_as = here.scalar_type() == at::kFloat ? at::kFloat : at::kDouble;
@@ -202,7 +202,7 @@ SgdNumber SgdOnCuda::number(const at::Tensor& tensor, double value) const {
 
 SgdJob SgdOnCuda::job(const SgdWork& work, const SgdScalars& scalars) const {
   SgdJob job;
-  job.chunks = static_cast<const SgdChunk*>(tables_.data_ptr());
+  job.chunks = static_cast<const Chunk*>(tables_.data_ptr());
   job.tensors = reinterpret_cast<const SgdDeviceTensor*>(job.chunks + chunks_.size());
   job.chunk_count = static_cast<int32_t>(chunks_.size());
   job.span = span_;

@@ -34,7 +34,7 @@ class SgdOnCuda : public SgdAsyncDevice {
   void update_table(const SgdWork& work);
   void upload_tables();
   void collect_each(const SgdWork& work);
-  SgdNumber number(const at::Tensor& tensor, double value) const;
+  DeviceNumber number(const at::Tensor& tensor, double value) const;
   SgdJob job(const SgdWork& work, const SgdScalars& scalars) const;
   void launch(SgdPass pass, const SgdJob& job, const char* operation);
   void gather(const std::vector<at::Tensor>& partials_of_all);
@@ -51,7 +51,7 @@ class SgdOnCuda : public SgdAsyncDevice {
 
   // On the host.
   std::vector<int32_t> rows_;  // of SgdWork::tensors: those on this device
-  std::vector<SgdChunk> chunks_;
+  std::vector<Chunk> chunks_;
   std::vector<SgdDeviceTensor> table_;  // as uploaded
   std::vector<uint64_t> each_;          // groups and gradients of this step
   std::vector<double> measured_;        // partials, where the host judges

@@ -5,23 +5,10 @@
 #include <cstdint>
 
 #include "../sgd_step.h"
+#include "limits.h"
+#include "number.h"
 
 namespace regfused {
-
-// Threads of a block, in every kernel: a norm is added up in an order that depends on it.
-constexpr int kThreads = 256;
-
-// A number of the host, or one in the memory of the device, float32 or float64.
-struct SgdNumber {
-  double value = 0;
-  const void* at = nullptr;
-  bool is_double = false;
-
-  REGFUSED_RULE double get() const {
-    if (!at) return value;
-    return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
-  }
-};
 
 // What of a tensor stays the same from step to step; a table in the memory of the device.
 struct SgdDeviceTensor {
@@ -35,7 +22,7 @@ struct SgdDeviceTensor {
 // arguments of the kernels: nothing to upload, and right in a CUDA graph.
 struct SgdDeviceGroup {
   SgdHyper hyper;
-  SgdNumber lr;  // counts instead of hyper.lr
+  DeviceNumber lr;  // counts instead of hyper.lr
 
   REGFUSED_RULE SgdHyper read() const {
     SgdHyper now = hyper;
@@ -63,7 +50,7 @@ struct SgdGrad {
 // adds up to one partial norm, whatever the grid: the norm has the same bits on every grid.
 struct SgdJob {
   const SgdDeviceTensor* tensors = nullptr;
-  const SgdChunk* chunks = nullptr;
+  const Chunk* chunks = nullptr;
   int32_t chunk_count = 0;
   int32_t span = 1;
   int32_t span_count = 0;
@@ -78,9 +65,9 @@ struct SgdJob {
   // SgdDeviceGroup[group_count], then an SgdGrad for each tensor. Null: they stand behind the job, in the arguments.
   const unsigned char* each = nullptr;
 
-  SgdNumber grad_scale;
-  SgdNumber found_inf;   // other than 0: the step is skipped
-  double clip_coef = 1;  // where the host has judged
+  DeviceNumber grad_scale;
+  DeviceNumber found_inf;  // other than 0: the step is skipped
+  double clip_coef = 1;    // where the host has judged
   double max_norm = 0;
   double numel = 0;  // elements that this step updates
   NormType norm_type = NormType::two;
@@ -90,10 +77,6 @@ struct SgdJob {
   bool counts_skips = false;
   bool write_unscaled_grad = false;
 };
-
-// How many bytes of arguments a kernel can have: everywhere, and with toolkit and driver 12.1 or newer.
-constexpr size_t kSmallArguments = 4096;
-constexpr size_t kLargeArguments = 32764;
 
 template <size_t kBytes>
 struct SgdArguments {

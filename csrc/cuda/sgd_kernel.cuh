@@ -45,7 +45,7 @@ struct SgdPlace {
   int size;
 
   __device__ __forceinline__ SgdPlace(const SgdJob& job, const SgdEach& each, int chunk) {
-    const SgdChunk here = job.chunks[chunk];
+    const Chunk here = job.chunks[chunk];
     tensor = job.tensors[here.tensor];
     grad = each.grads[here.tensor];
     begin = here.begin;
@@ -69,19 +69,6 @@ struct SgdPlace {
   }
 };
 constexpr int kNoRules = -1;
-
-// function.template operator()<S>() for the storage type S. Without kDoubles no tensor is float64.
-template <bool kDoubles, class Function>
-__device__ __forceinline__ void by_dtype(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float32: return function.template operator()<float>();
-    case DType::float64:
-      if constexpr (kDoubles) function.template operator()<double>();
-      return;
-    case DType::bfloat16: return function.template operator()<__nv_bfloat16>();
-    case DType::float16: return function.template operator()<__half>();
-  }
-}
 
 // --- The norm -------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "launch.cuh"
 #include "sgd_kernel.cuh"
 #include "sgd_launch.h"
 
@@ -42,16 +43,6 @@ __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant_
   for (int i = int(threadIdx.x); i < arguments.words; i += kThreads) arguments.to[i] = arguments.from[i];
 }
 
-template <class Arguments>
-[[nodiscard]] cudaError_t launch(void (*kernel)(Arguments), const Arguments& arguments, int blocks,
-                                 cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
 template <size_t kBytes>
 [[nodiscard]] cudaError_t launch_with(void (*kernel)(SgdArguments<kBytes>), const SgdJob& job,
                                       const unsigned char* each, size_t bytes, int blocks, cudaStream_t stream) {
@@ -68,14 +59,6 @@ template <size_t kBytes>
 auto kernel_of(SgdPass pass, bool doubles) {
   if (pass == SgdPass::norm) return doubles ? sgd_norm_kernel<kBytes, true> : sgd_norm_kernel<kBytes, false>;
   return doubles ? sgd_step_kernel<kBytes, true> : sgd_step_kernel<kBytes, false>;
-}
-
-bool has_large_arguments() {
-  static const bool has = [] {
-    int driver = 0;  // one that does not answer is found out by the first launch
-    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010 && CUDART_VERSION >= 12010;
-  }();
-  return has;
 }
 
 }  // namespace

@@ -23,10 +23,9 @@ OUT = ORDINARY / "emulated_cuda"
 LIBRARY = OUT / "_C.so"
 
 SOURCES = [
-    CSRC / "cuda" / "sgd_launch.cu",
-    CSRC / "cuda" / "sgd_drive.cpp",
-    HERE / "emulator.cpp",
-    HERE / "seams.cpp",
+    *sorted((CSRC / "cuda").glob("*.cu")),
+    *sorted(path for path in (CSRC / "cuda").glob("*.cpp") if path.stem != "stream"),
+    *sorted(HERE.glob("*.cpp")),
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]

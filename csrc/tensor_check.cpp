@@ -1,5 +1,5 @@
 // Which tensors the kernels can take, and how they must lie in memory.
-#include "sgd_check.h"
+#include "tensor_check.h"
 
 #include <algorithm>
 

@@ -8,7 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "sgd_step.h"
+#include "chunk.h"
 
 namespace regfused {
 

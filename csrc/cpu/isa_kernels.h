@@ -1,0 +1,18 @@
+// The kernels of the instruction set that is being compiled, as a table.
+#pragma once
+
+#include "kernels.h"
+#include "sgd_kernel.h"
+
+namespace regfused {
+inline namespace REGFUSED_ISA {
+
+const Kernels* kernels() {
+#define REGFUSED_NAME_OF(isa) #isa
+#define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
+  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels};
+  return &table;
+}
+
+}  // namespace REGFUSED_ISA
+}  // namespace regfused

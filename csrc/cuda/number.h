@@ -1,0 +1,20 @@
+// Numbers among the arguments of a kernel. No torch and no CUDA in here.
+#pragma once
+
+#include "../portable.h"
+
+namespace regfused {
+
+// A number of the host, or one in the memory of the device, float32 or float64.
+struct DeviceNumber {
+  double value = 0;
+  const void* at = nullptr;
+  bool is_double = false;
+
+  REGFUSED_RULE double get() const {
+    if (!at) return value;
+    return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+  }
+};
+
+}  // namespace regfused
