@@ -1,8 +1,10 @@
 // Which devices have kernels: the one place that knows whether CUDA was built.
 #include "devices.h"
 
+#include "cpu/foreach_drive.h"
 #include "cpu/sgd_drive.h"
 #if defined(REGFUSED_CUDA)
+#include "cuda/foreach_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/sgd_launch.h"
 #endif
@@ -20,6 +22,11 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) {
   return std::make_unique<SgdOnCpu>();
 }
 
+std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
+  if (device.is_cuda()) return std::make_unique<ForeachOnCuda>(device);
+  return std::make_unique<ForeachOnCpu>();
+}
+
 std::string cuda_built() { return sgd_cuda_built(); }
 
 #else
@@ -29,6 +36,8 @@ bool has_kernels(c10::Device device) { return device.is_cpu(); }
 const char* where_kernels_run() { return "on the CPU"; }
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
+
+std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device) { return std::make_unique<ForeachOnCpu>(); }
 
 std::string cuda_built() { return ""; }
 

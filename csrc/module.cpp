@@ -3,8 +3,10 @@
 
 #include <torch/version.h>
 
+#include "clip_grad_norm.h"
 #include "cpu/isa.h"
 #include "devices.h"
+#include "penalty_ops.h"
 #include "sgd_plan.h"
 
 namespace regfused {
@@ -53,7 +55,10 @@ py::custom_type_setup collected() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of regfused.";
   m.attr("TORCH_VERSION") = TORCH_VERSION;
+  m.attr("CUDA") = cuda_built();
   m.def("build_info", &build_info);
+  m.def("clip_grad_norm", &clip_grad_norm);
+  m.def("penalty", &penalty);
   py::class_<SgdPlan>(m, "SgdPlan", collected())
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)

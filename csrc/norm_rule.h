@@ -38,5 +38,18 @@ REGFUSED_RULE double clip_coefficient(double max_norm, double norm) {
   return ratio > 1 ? 1 : ratio;
 }
 
+// g -> factor*g: what a clip makes of a gradient.
+template <class T>
+struct Scale {
+  T factor;
+
+  REGFUSED_RULE explicit Scale(double factor) : factor(T(factor)) {}
+
+  template <class V>
+  REGFUSED_RULE V operator()(V g) const {
+    return factor * g;
+  }
+};
+
 }  // namespace REGFUSED_ISA
 }  // namespace regfused

@@ -8,4 +8,6 @@ TORCH_LIBRARY(regfused, m) {
       "bool proximal=False, float? max_norm=None, float norm_type=2, bool penalty_in_clip=True, "
       "str nonfinite='propagate', bool decoupled_weight_decay=False, bool classical_momentum=False, "
       "bool maximize=False) -> ()");
+  m.def("penalty(Tensor[] params, float l1, float l2) -> Tensor");
+  m.def("penalty_backward(Tensor grad, Tensor[] params, float l1, float l2) -> Tensor[]");
 }

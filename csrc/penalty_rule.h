@@ -6,7 +6,7 @@
 namespace regfused {
 inline namespace REGFUSED_ISA {
 
-// l1*|p| + l2*p^2 of one element.
+// l1*|p| + l2*p^2 of one element. A strength of zero adds nothing, whatever p is.
 template <class T>
 struct ElasticNetValue {
   T l1, l2;
@@ -15,7 +15,9 @@ struct ElasticNetValue {
 
   template <class V>
   REGFUSED_RULE V operator()(V p) const {
-    return l1 * (p > 0 ? p : -p) + l2 * (p * p);
+    V absolute = l1 == 0 ? V{} : l1 * (p > 0 ? p : -p);
+    V square = l2 == 0 ? V{} : l2 * (p * p);
+    return absolute + square;
   }
 };
 

@@ -4,8 +4,20 @@ __version__ = "0.1.0"
 
 from regfused import reference
 from regfused.build import build_info
+from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
 from regfused.penalties import elastic_net, param_groups
+from regfused.penalty import penalty
 from regfused.sgd import SGD
 from regfused.sparsity import sparsity
 
-__all__ = ["SGD", "build_info", "elastic_net", "param_groups", "reference", "sparsity"]
+__all__ = [
+    "SGD",
+    "build_info",
+    "clip_grad_norm_",
+    "elastic_net",
+    "grad_norm",
+    "param_groups",
+    "penalty",
+    "reference",
+    "sparsity",
+]

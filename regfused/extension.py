@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
@@ -31,3 +33,10 @@ if C is None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+DEVICES = () if C is None else ("cpu", "cuda") if C.CUDA else ("cpu",)
+
+
+def kernels_take(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a type that the kernels take, however it lies in memory. A compiler sees through this."""
+    return tensor.device.type in DEVICES and tensor.dtype in FUSED_DTYPES and tensor.layout == torch.strided

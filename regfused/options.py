@@ -44,6 +44,45 @@ def number(operation: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def check_strength(operation: str, name: str, value: Any) -> float:
+    """``value`` as a float; ``ValueError`` unless it is finite and >= 0."""
+    strength = number(operation, name, value)
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}")
+    return strength
+
+
+def check_max_norm(operation: str, value: Any) -> float:
+    """``value`` as a float; ``ValueError`` unless it is >= 0."""
+    max_norm = number(operation, "max_norm", value)
+    if not max_norm >= 0:
+        raise ValueError(f"{operation}: max_norm must be >= 0, but got {value}")
+    return max_norm
+
+
+def check_norm_type(operation: str, value: Any) -> float:
+    """``value``, which may be a string such as "inf", as a float; ``ValueError`` for NaN."""
+    try:
+        norm_type = float(value)
+    except (TypeError, ValueError):
+        norm_type = math.nan
+    if math.isnan(norm_type):
+        raise ValueError(f"{operation}: norm_type must be a number or 'inf', but got {value!r}")
+    return norm_type
+
+
+def check_floating(operation: str, tensors: Iterable[Any]) -> None:
+    """Raise for the first item that is no tensor, or neither floating point nor complex."""
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{operation}: expected tensors, but item {i} is a {type(tensor).__name__}")
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(
+                f"{operation}: tensors must be floating point or complex, but item {i} of shape "
+                f"{tuple(tensor.shape)} is {tensor.dtype}"
+            )
+
+
 def check_group(operation: str, group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for the first option of ``group`` that is not as it must be."""
     for name in OPTIONS:
@@ -56,9 +95,7 @@ def check_group(operation: str, group: Mapping[str, Any]) -> None:
             if meant:
                 raise ValueError(f"{operation}: unknown option {name!r}; did you mean {meant[0]!r}?")
     for name in _STRENGTHS:
-        value = number(operation, name, group[name])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {group[name]}")
+        check_strength(operation, name, group[name])
     dampening = number(operation, "dampening", group["dampening"])
     if not math.isfinite(dampening):
         raise ValueError(f"{operation}: dampening must be finite, but got {group['dampening']}")

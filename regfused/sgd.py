@@ -10,8 +10,6 @@ import torch
 from regfused import extension, options, reference
 from regfused.reference import sgd as in_torch
 
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
     """Called by the plan when something is odd, to say what."""
@@ -140,11 +138,11 @@ def _step_outside_of_the_graph(optimizer: SGD) -> None:
 def _why_not_fused(params: list[torch.Tensor]) -> str:
     if extension.C is None:
         return f"the compiled part of regfused, but {extension.why_missing}"
-    devices = ("cpu", "cuda") if extension.C.build_info()["cuda"] else ("cpu",)
     for i, param in enumerate(params):
-        if param.device.type not in devices or param.dtype not in _FUSED_DTYPES or param.layout != torch.strided:
+        if not extension.kernels_take(param):
             return (
-                f"dense float32, float64, bfloat16 or float16 parameters on {' or '.join(devices)}, but parameter "
+                "dense float32, float64, bfloat16 or float16 parameters on "
+                f"{' or '.join(extension.DEVICES)}, but parameter "
                 f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}"
             )
     return ""

@@ -21,7 +21,9 @@ FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Werror=all-warnings"]
 # Registers of a thread, at most, by file and kernel. 64 let a multiprocessor run 1024 threads, which its memory needs;
 # float64 is allowed half of them.
 ROOMS = (4096, 32764)
+FOREACH = [f"foreach_kernel<{room}, (ForeachPass){p}>" for room in ROOMS for p in range(4)]
 REGISTERS = {
+    "foreach_launch.cu": dict.fromkeys(FOREACH, 64),
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": 64 for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": 64 for room in ROOMS},

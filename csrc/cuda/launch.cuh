@@ -17,6 +17,18 @@ template <class Arguments>
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
+// Blocks of a kernel that a device runs at the same time.
+template <class Arguments>
+[[nodiscard]] inline cudaError_t resident_blocks(void (*kernel)(Arguments), int device, int& blocks) {
+  int multiprocessors = 0, of_each = 0;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0))
+    return error;
+  blocks = multiprocessors * of_each;
+  return cudaSuccess;
+}
+
 // Whether kernels can have kLargeArguments here.
 inline bool has_large_arguments() {
   static const bool has = [] {

@@ -9,34 +9,12 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "grid.h"
 #include "stream.h"
 
 namespace regfused {
 
 namespace {
-
-// A model is cut into about this many chunks, so that a million elements fill a large card and the partial norms of
-// any model are summed up at once by a block. Many small tensors make more.
-constexpr int64_t kChunks = 2048;
-constexpr int64_t kSmallestChunk = 1024;  // an access of 16 bytes for each thread of a block
-constexpr int64_t kLargestChunk = 32768;  // larger ones gain nothing: what a chunk costs is long hidden
-
-// At most this many spans, as every block of the step adds up all partial norms.
-constexpr int64_t kSpans = 4096;
-
-// A power of two, by the size of the model alone, not by the card: the same bits on all cards.
-int64_t chunk_for(int64_t numel) {
-  int64_t chunk = kSmallestChunk;
-  while (chunk < kLargestChunk && chunk * kChunks < numel) chunk *= 2;
-  return chunk;
-}
-
-// A grid that leaves every block the same number of spans, or one less.
-int blocks_for(int64_t spans, int resident) {
-  resident = std::max(resident, 1);
-  const int64_t rounds = std::max<int64_t>((spans + resident - 1) / resident, 1);
-  return static_cast<int>(std::max<int64_t>((spans + rounds - 1) / rounds, 1));
-}
 
 static_assert(sizeof(Chunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && sizeof(SgdDeviceGroup) % 8 == 0 &&
               sizeof(SgdGrad) == 8);
@@ -102,8 +80,7 @@ void SgdOnCuda::cut_chunks(const SgdWork& work) {
       chunks_.push_back({static_cast<int32_t>(t), static_cast<int32_t>(std::min(chunk, size - begin)), begin});
   }
   TORCH_CHECK(chunks_.size() < size_t(1) << 30, "regfused: too many elements on one device");
-  span_ = static_cast<int32_t>((static_cast<int64_t>(chunks_.size()) + kSpans - 1) / kSpans);
-  span_ = std::max(span_, 1);
+  span_ = static_cast<int32_t>(span_for(static_cast<int64_t>(chunks_.size())));
   // Of nothing at all there is one span, whose norm is 0.
   span_count_ = std::max(static_cast<int32_t>((static_cast<int64_t>(chunks_.size()) + span_ - 1) / span_), 1);
 }

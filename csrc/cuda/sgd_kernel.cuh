@@ -6,6 +6,7 @@
 
 #include "block.cuh"
 #include "memory.cuh"
+#include "norm.cuh"
 #include "sgd_job.h"
 
 namespace regfused {
@@ -93,16 +94,10 @@ __device__ __forceinline__ A norm_share(const SgdPlace& place, const SgdNormRule
   return accumulated;
 }
 
-// In the type of arithmetic, as this is fast on every card; where that overflows, though no element
-// is infinite, or where it loses digits, once more in double. (A sum of 0 may have lost squares of
-// elements below 1e-22: nothing beside the 1e-6 that is added to a norm.)
 template <class S, bool kPenalty>
 __device__ __forceinline__ double norm_share(const SgdPlace& place, const SgdNormRules<Arithmetic<S>>& rules,
                                              NormType type) {
-  const Arithmetic<S> fast = norm_share<Arithmetic<S>, S, kPenalty>(place, rules, type);
-  const bool exact = fast == 0 || (fast >= 1e-30f && fast <= FLT_MAX) || fast != fast;
-  if (sizeof(Arithmetic<S>) == sizeof(double) || exact) return fast;
-  return norm_share<double, S, kPenalty>(place, rules, type);
+  return exact_sum<Arithmetic<S>>([&]<class A>() { return norm_share<A, S, kPenalty>(place, rules, type); });
 }
 
 template <bool kDoubles>
@@ -147,16 +142,6 @@ struct SgdVerdict {
   double clip_coef;
   bool skip;
 };
-
-// The norm of all devices in a fixed order, the same bits in every block; thread 0's.
-__device__ __forceinline__ double gathered_norm(const SgdJob& job, double (&of_warps)[kWarps]) {
-  const NormType type = job.norm_type;
-  double accumulated = 0;
-  for (int i = int(threadIdx.x); i < job.gathered_count; i += kThreads)
-    accumulated = norm_combine(type, accumulated, job.gathered[i]);
-  accumulated = block_combine(accumulated, of_warps, [&](double a, double b) { return norm_combine(type, a, b); });
-  return norm_finish(type, accumulated);
-}
 
 __device__ __forceinline__ SgdVerdict judge(const SgdJob& job, double norm) {
   if (!job.judges) return {job.clip_coef, false};
@@ -239,7 +224,8 @@ __device__ __forceinline__ void sgd_step(const SgdJob& job, const SgdEach& each)
   };
   REGFUSED_SHARED(Shared, shared);
 
-  const double norm = job.gathered ? gathered_norm(job, shared.of_warps[0]) : NAN;
+  const double norm =
+      job.gathered ? gathered_norm(job.gathered, job.gathered_count, job.norm_type, shared.of_warps[0]) : NAN;
   if (threadIdx.x == 0) {
     shared.verdict = judge(job, norm);
     if (blockIdx.x == 0) write_record(job, shared.verdict, norm);

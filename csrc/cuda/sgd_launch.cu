@@ -79,14 +79,7 @@ size_t sgd_room_for_each() {
 }
 
 cudaError_t sgd_resident_blocks(SgdPass pass, int device, bool doubles, int& blocks) {
-  int multiprocessors = 0, of_each = 0;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  const auto kernel = kernel_of<kLargeArguments>(pass, doubles);
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0))
-    return error;
-  blocks = multiprocessors * of_each;
-  return cudaSuccess;
+  return resident_blocks(kernel_of<kLargeArguments>(pass, doubles), device, blocks);
 }
 
 cudaError_t launch_sgd(SgdPass pass, const SgdJob& job, const unsigned char* each, size_t bytes, bool doubles,

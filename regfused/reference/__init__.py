@@ -3,6 +3,8 @@
 It is what runs where the compiled part is missing or a tensor is not for the kernels, and the witness in parity tests.
 """
 
+from regfused.reference.clip_grad_norm import clip_grad_norm_, grad_norm
+from regfused.reference.penalty import penalty
 from regfused.reference.sgd import SGD
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "clip_grad_norm_", "grad_norm", "penalty"]

@@ -196,7 +196,8 @@ def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
 def _penalty(param: Tensor, group: Group) -> Tensor:
     """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
     size = torch.abs(param).double()
-    return _on_every_rank(group["l1"] * size.sum() + group["l2"] * size.square().sum())
+    absolute = group["l1"] * size.sum() if _is_on(group["l1"]) else size.new_zeros(())
+    return _on_every_rank(absolute + (group["l2"] * size.square().sum() if _is_on(group["l2"]) else 0.0))
 
 
 def _on_every_rank(tensor: Tensor) -> Tensor:

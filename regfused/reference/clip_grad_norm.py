@@ -1,0 +1,78 @@
+"""The norm of all gradients, and clipping by it, in torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from regfused import options
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The twin of `regfused.clip_grad_norm_`. ``foreach`` is there for the signature."""
+    operation = "clip_grad_norm_"
+    norm_type = options.check_norm_type(operation, norm_type)
+    limit = options.check_max_norm(operation, max_norm)
+    grads = _grads(parameters)
+    norm = _norm(grads, norm_type)
+    _check_finite(operation, norm, error_if_nonfinite)
+    clip_coef = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    for grad in grads:
+        grad.mul_(clip_coef.to(grad.device))
+    return _as_torch_returns_it(norm, grads)
+
+
+@torch.no_grad()
+def grad_norm(
+    parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """The twin of `regfused.grad_norm`."""
+    norm_type = options.check_norm_type("grad_norm", norm_type)
+    grads = _grads(parameters)
+    norm = _norm(grads, norm_type)
+    _check_finite("grad_norm", norm, error_if_nonfinite)
+    return _as_torch_returns_it(norm, grads)
+
+
+def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    listed = [parameters] if isinstance(parameters, Tensor) else parameters
+    return [p.grad for p in listed if p.grad is not None]
+
+
+def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """0-dim float64, on the device of the first gradient."""
+    norms = []
+    for grad in grads:
+        values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+        if values.numel() == 0:
+            continue  # the maximum of nothing is an error in torch
+        dtype = torch.complex128 if values.is_complex() else torch.float64
+        norms.append(torch.linalg.vector_norm(values, norm_type, dtype=dtype).to(grads[0].device))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _check_finite(operation: str, norm: Tensor, error_if_nonfinite: bool) -> None:
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"{operation}: error_if_nonfinite=True demands a finite norm of the gradients, but it is {norm.item()}"
+        )
+
+
+def _as_torch_returns_it(norm: Tensor, grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.tensor(0.0)
+    dtype = grads[0].dtype
+    for grad in grads:
+        dtype = torch.promote_types(dtype, grad.dtype)
+    return norm.to(dtype.to_real())
