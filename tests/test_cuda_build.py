@@ -35,7 +35,12 @@ REGISTERS = {
 
 # Loads and stores of 16 bytes in a kernel, at least. The step: each pass over an array, for float32, bfloat16 and
 # float16, with and without the parameter (norm: twice, as sums may be taken once more in double) or momentum buffer.
+# A sum over a list of tensors: float64 once, the others twice; a pass that writes: all four.
 WIDE = {
+    "foreach_launch.cu": {
+        **{f"foreach_kernel<{room}, (ForeachPass){p}>": (1 + 3 * 2, 0) for room in ROOMS for p in (0, 1)},
+        **{f"foreach_kernel<{room}, (ForeachPass){p}>": (4, 4) for room in ROOMS for p in (2, 3)},
+    },
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},

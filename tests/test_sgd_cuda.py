@@ -1,20 +1,15 @@
 """What is particular to the CUDA kernels: launches, grids, numbers on the device, graphs. On a GPU or emulated."""
 
-import contextlib
 import copy
-import ctypes
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from cuda_runs import Graph, bits, emulated_only, emulator, needs_cuda_kernels, run_again
 from sgd_cases import (
     DEVICE,
     DTYPES,
     EMULATED,
-    ON_CUDA_KERNELS,
     OPTIONS,
     assert_params_equal,
     check_against_oracle,
@@ -28,39 +23,7 @@ from sgd_cases import (
 import regfused
 from regfused import reference
 
-pytestmark = pytest.mark.skipif(not ON_CUDA_KERNELS, reason="no CUDA kernels: python -m tests.emulated_cuda runs this")
-emulated_only = pytest.mark.skipif(not EMULATED, reason="looks into the emulator")
-
-
-def emulator():
-    return ctypes.CDLL(os.environ["REGFUSED_TEST_EXTENSION"])
-
-
-class Graph:
-    """A captured step: torch's CUDA graph, or the emulator's list of launches."""
-
-    @contextlib.contextmanager
-    def capture(self):
-        if EMULATED:
-            emulator().emulated_capture()
-            try:
-                yield
-            finally:
-                self.launches = emulator().emulated_end_capture()
-        else:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                yield
-
-    def replay(self):
-        if EMULATED:
-            assert emulator().emulated_replay() == 0
-        else:
-            self.graph.replay()
-
-
-def bits(tensors):
-    return [t.detach().clone().reshape(-1).view(torch.uint8) for t in tensors]
+pytestmark = needs_cuda_kernels
 
 
 def everything_of(optimizer, params):
@@ -117,14 +80,6 @@ def test_any_number_of_tensors(count, driver):
         run_again(code, REGFUSED_EMULATED_DRIVER=str(driver))
     else:
         step_many(count)
-
-
-def run_again(code, **environment):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import conftest; {code}"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def step_many(count):
