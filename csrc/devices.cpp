@@ -1,8 +1,10 @@
 // Which devices have kernels: the one place that knows whether CUDA was built.
 #include "devices.h"
 
+#include "cpu/dropout_drive.h"
 #include "cpu/sgd_drive.h"
 #if defined(REGFUSED_CUDA)
+#include "cuda/dropout_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/sgd_launch.h"
 #endif
@@ -20,6 +22,11 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) {
   return std::make_unique<SgdOnCpu>();
 }
 
+void run_dropout(const DropoutJob& job, c10::Device device) {
+  if (device.is_cuda()) return dropout_on_cuda(job, device);
+  dropout_on_cpu(job);
+}
+
 std::string cuda_built() { return sgd_cuda_built(); }
 
 #else
@@ -29,6 +36,8 @@ bool has_kernels(c10::Device device) { return device.is_cpu(); }
 const char* where_kernels_run() { return "on the CPU"; }
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
+
+void run_dropout(const DropoutJob& job, c10::Device) { dropout_on_cpu(job); }
 
 std::string cuda_built() { return ""; }
 

@@ -6,6 +6,7 @@
 
 #include <c10/core/Device.h>
 
+#include "dropout_job.h"
 #include "sgd_drive.h"
 
 namespace regfused {
@@ -23,6 +24,8 @@ const char* where_kernels_run();
 bool is_asynchronous(c10::Device device);
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device);
+
+void run_dropout(const DropoutJob& job, c10::Device device);
 
 // What of CUDA was built, such as "13.0: sm_80, sm_90", or an empty string.
 std::string cuda_built();

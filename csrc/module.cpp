@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "devices.h"
+#include "dropout_ops.h"
 #include "sgd_plan.h"
 
 namespace regfused {
@@ -54,6 +55,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of regfused.";
   m.attr("TORCH_VERSION") = TORCH_VERSION;
   m.def("build_info", &build_info);
+  m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
+        py::call_guard<py::gil_scoped_release>());
   py::class_<SgdPlan>(m, "SgdPlan", collected())
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)

@@ -8,4 +8,7 @@ TORCH_LIBRARY(regfused, m) {
       "bool proximal=False, float? max_norm=None, float norm_type=2, bool penalty_in_clip=True, "
       "str nonfinite='propagate', bool decoupled_weight_decay=False, bool classical_momentum=False, "
       "bool maximize=False) -> ()");
+  // The mask follows the memory of the input: a compiled graph must not give it another layout.
+  m.def("dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::needs_exact_strides});
+  m.def("dropout_(Tensor(a!) input, float p, Tensor seed) -> ()", {at::Tag::needs_exact_strides});
 }

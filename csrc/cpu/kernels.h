@@ -1,6 +1,7 @@
 // Every kernel of one instruction set.
 #pragma once
 
+#include "../dropout_job.h"
 #include "../sgd_step.h"
 
 namespace regfused {
@@ -8,6 +9,7 @@ namespace regfused {
 struct Kernels {
   const char* isa;
   SgdKernels sgd;
+  DropoutKernel dropout;
 };
 
 }  // namespace regfused
