@@ -23,12 +23,6 @@ struct PhiloxWords {
   V word[4];
 };
 
-// The counters 0, 1, 2, ...: `index` counts them.
-template <class V>
-REGFUSED_RULE PhiloxWords<V> philox_counter(V index) {
-  return {{index, index >> 32, V{}, V{}}};
-}
-
 // The random words of a counter, or of a vector of counters.
 template <class V>
 REGFUSED_RULE PhiloxWords<V> philox(const PhiloxWords<V>& counter, uint64_t key) {

@@ -22,6 +22,10 @@ FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Werror=all-warnings"]
 # float64 is allowed half of them.
 ROOMS = (4096, 32764)
 REGISTERS = {
+    "dropout_launch.cu": {
+        **{f"dropout_kernel<{storage}>": 64 for storage in ("float", "__nv_bfloat16", "__half")},
+        "dropout_kernel<double>": 64,
+    },
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": 64 for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": 64 for room in ROOMS},
@@ -34,6 +38,10 @@ REGISTERS = {
 # Loads and stores of 16 bytes in a kernel, at least. The step: each pass over an array, for float32, bfloat16 and
 # float16, with and without the parameter (norm: twice, as sums may be taken once more in double) or momentum buffer.
 WIDE = {
+    # An access in each of the four runs of a row.
+    "dropout_launch.cu": {
+        f"dropout_kernel<{storage}>": (4, 4) for storage in ("float", "double", "__nv_bfloat16", "__half")
+    },
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
@@ -111,7 +119,7 @@ def test_kernels_link_without_torch(tmp_path):
 def test_kernel_files_have_no_torch_header():
     free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*_job.h"), *CUDA.glob("*_launch.h")]
     free += [CUDA / "limits.h", CUDA / "number.h", *(ROOT / "csrc").glob("*_rule.h")]
-    free += [ROOT / "csrc" / name for name in ("chunk.h", "portable.h", "sgd_step.h")]
+    free += [ROOT / "csrc" / name for name in ("chunk.h", "dropout_job.h", "portable.h", "sgd_step.h")]
     assert len(free) >= 15
     for path in free:
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kChunk = 4096;
 
 // Random words take more time than memory: waking another thread pays earlier than in a pass that only moves data.
-constexpr int64_t kSerialChunks = 2;
+constexpr int64_t kSerialChunks = 8;
 
 }  // namespace
 

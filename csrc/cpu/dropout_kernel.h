@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../dropout_job.h"
+#include "dropout_row.h"
 #include "lanes.h"
-#include "philox_row.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {
@@ -11,20 +11,29 @@ namespace {
 
 template <class S>
 void dropout_dtype(const DropoutJob& job, const Chunk& chunk) {
-  static_assert(kLanes == kDropoutRow);
+  constexpr int kHalves = kDropoutRow / kLanes;
+  constexpr int kVectors = kLanes * sizeof(typename Storage<S>::T) / REGFUSED_VECTOR_BYTES;
   const DropoutRule<typename Storage<S>::T> rule(job.p);
-  const uint64_t key = uint64_t(*job.seed);
+  const uint64_t seed = uint64_t(*job.seed);
   Rows<S> inputs(const_cast<void*>(job.input), chunk), outputs(job.output, chunk);
   const int64_t n = chunk.size;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const S* input = inputs.row(i, n);
-    S* output = outputs.row(i, n);
-    prefetch(input);
-    const PhiloxRow random((chunk.begin + i) / kLanes, key);
-    for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
-      store(output + at, rule(load(input + at), random.template at<S, position.value>()));
-    });
-    outputs.write_back(i, n);
+  for (int64_t i = 0; i < n; i += kDropoutRow) {
+    const DropoutRow random((chunk.begin + i) / kDropoutRow, seed, rule.upper());
+    const auto half_row = [&](auto half) __attribute__((always_inline)) {
+      const int64_t begin = i + half.value * kLanes;
+      if (begin >= n) return;
+      const S* input = inputs.row(begin, n);
+      S* output = outputs.row(begin, n);
+      prefetch(input);
+      for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
+        constexpr int kPosition = half.value * kVectors + position.value;
+        store(output + at, rule(load(input + at), random.template at<S, kPosition>()));
+      });
+      outputs.write_back(begin, n);
+    };
+    static_assert(kHalves == 2);
+    half_row(Position<0>{});
+    half_row(Position<1>{});
   }
 }
 

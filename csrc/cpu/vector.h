@@ -176,6 +176,27 @@ REGFUSED_RULE DoubleBits low_product(DoubleBits a, uint32_t m) {
 }
 #endif
 
+// Whether an upper or a lower half of any lane is this.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm512_cmpeq_epi16_mask((__m512i)x, _mm512_set1_epi16(int16_t(half))) != 0;
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16((__m256i)x, _mm256_set1_epi16(int16_t(half)))) != 0;
+}
+#elif defined(__SSE2__)
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm_movemask_epi8(_mm_cmpeq_epi16((__m128i)x, _mm_set1_epi16(int16_t(half)))) != 0;
+}
+#else
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  bool any = false;
+  for (int j = 0; j < kFloats; ++j) any |= (x[j] >> 16) == half || (x[j] & 0xffff) == half;
+  return any;
+}
+#endif
+
 // The lower and the upper half of a vector of 32-bit integers in 64 bits.
 #if REGFUSED_VECTOR_BYTES == 64
 REGFUSED_RULE DoubleBits widen_low(FloatBits x) {

@@ -12,7 +12,7 @@ TENSORS = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LOWER = 0xFFFFFFFF
-_ROW = 32  # elements that share eight counters
+_ROW = 64  # elements that share eight counters
 
 # What Philox multiplies by, and what it adds to the two halves of its key after each of ten rounds.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -35,14 +35,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return a, b, c, d
 
 
-def words(first_row: int, rows: int, seed: Tensor) -> Tensor:
-    """The random words of the elements of some rows, in memory order."""
-    index = torch.arange(first_row * 8, (first_row + rows) * 8, device=seed.device)
-    zero = torch.zeros_like(index)
-    random = philox((index & _LOWER, index >> 32, zero, zero), (seed & _LOWER, seed >> 32 & _LOWER))
-    # Counter j of a row: words 0 and 1 for elements 2j and 2j + 1, words 2 and 3 for 16 + 2j and 17 + 2j.
-    halves = [torch.stack(random[half : half + 2], dim=-1).view(rows, _ROW // 2) for half in (0, 2)]
-    return torch.cat(halves, dim=1).view(-1)
+def random_bits(first_row: int, rows: int, seed: Tensor) -> Tensor:
+    """The 32 random bits of each element of some rows of 64, in memory order: two halves, from two streams of words."""
+    halves = []
+    for stream in (0, 1):
+        index = torch.arange(first_row * 8, (first_row + rows) * 8, device=seed.device)
+        counter = (index & _LOWER, index >> 32, torch.full_like(index, stream), torch.zeros_like(index))
+        random = philox(counter, (seed & _LOWER, seed >> 32 & _LOWER))
+        # Of counter j, the upper halves of words 0 and 1 are for elements 2j and 2j + 1, the lower ones for
+        # 16 + 2j and 17 + 2j; words 2 and 3 for those that stand 32 further on.
+        runs = [
+            half_of(torch.stack(random[first : first + 2], dim=-1).view(rows, 16))
+            for first in (0, 2)
+            for half_of in (lambda words: words >> 16, lambda words: words & 0xFFFF)
+        ]
+        halves.append(torch.cat(runs, dim=1).view(-1))
+    return halves[0] << 16 | halves[1]
 
 
 def factor_like(input: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -52,10 +60,9 @@ def factor_like(input: Tensor, p: float, seed: Tensor) -> Tensor:
     threshold = int(p * 2**32 + 0.5)
     scale = 1 / (1 - p) if threshold < 2**32 else 0.0
     numel = input.numel()
-    kept = words(0, -(-numel // _ROW), seed)[:numel] >= threshold
-    return (kept.to(dtype) * torch.tensor(scale, dtype=dtype, device=input.device)).as_strided(
-        like.size(), like.stride()
-    )
+    kept = random_bits(0, -(-numel // _ROW), seed)[:numel] >= threshold
+    factor = kept.to(dtype) * torch.tensor(scale, dtype=dtype, device=input.device)
+    return factor.as_strided(like.size(), like.stride())
 
 
 def by_seed(input: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 // kernels, which run on the host.
 #include <cstdlib>
 
+#include "cuda/dropout_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/stream.h"
 #include "devices.h"
@@ -22,6 +23,8 @@ c10::Device kernel_device(const at::Tensor& tensor) {
 }
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) { return std::make_unique<SgdOnCuda>(device); }
+
+void run_dropout(const DropoutJob& job, c10::Device device) { dropout_on_cuda(job, device); }
 
 std::string cuda_built() { return "emulated"; }
 
