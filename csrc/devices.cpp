@@ -1,9 +1,11 @@
 // Which devices have kernels: the one place that knows whether CUDA was built.
 #include "devices.h"
 
+#include "cpu/dropout_drive.h"
 #include "cpu/foreach_drive.h"
 #include "cpu/sgd_drive.h"
 #if defined(REGFUSED_CUDA)
+#include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/sgd_launch.h"
@@ -27,6 +29,11 @@ std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
   return std::make_unique<ForeachOnCpu>();
 }
 
+void run_dropout(const DropoutJob& job, c10::Device device) {
+  if (device.is_cuda()) return dropout_on_cuda(job, device);
+  dropout_on_cpu(job);
+}
+
 std::string cuda_built() { return sgd_cuda_built(); }
 
 #else
@@ -38,6 +45,7 @@ const char* where_kernels_run() { return "on the CPU"; }
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
 
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device) { return std::make_unique<ForeachOnCpu>(); }
+void run_dropout(const DropoutJob& job, c10::Device) { dropout_on_cpu(job); }
 
 std::string cuda_built() { return ""; }
 

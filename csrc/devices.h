@@ -6,6 +6,7 @@
 
 #include <c10/core/Device.h>
 
+#include "dropout_job.h"
 #include "foreach_drive.h"
 #include "sgd_drive.h"
 
@@ -25,6 +26,8 @@ bool is_asynchronous(c10::Device device);
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device);
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device);
+
+void run_dropout(const DropoutJob& job, c10::Device device);
 
 // What of CUDA was built, such as "13.0: sm_80, sm_90", or an empty string.
 std::string cuda_built();

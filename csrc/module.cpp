@@ -6,6 +6,7 @@
 #include "clip_grad_norm.h"
 #include "cpu/isa.h"
 #include "devices.h"
+#include "dropout_ops.h"
 #include "penalty_ops.h"
 #include "sgd_plan.h"
 
@@ -59,6 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   m.def("clip_grad_norm", &clip_grad_norm);
   m.def("penalty", &penalty);
+  m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
+        py::call_guard<py::gil_scoped_release>());
   py::class_<SgdPlan>(m, "SgdPlan", collected())
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)

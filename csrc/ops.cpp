@@ -10,4 +10,7 @@ TORCH_LIBRARY(regfused, m) {
       "bool maximize=False) -> ()");
   m.def("penalty(Tensor[] params, float l1, float l2) -> Tensor");
   m.def("penalty_backward(Tensor grad, Tensor[] params, float l1, float l2) -> Tensor[]");
+  // The mask follows the memory of the input: a compiled graph must not give it another layout.
+  m.def("dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::needs_exact_strides});
+  m.def("dropout_(Tensor(a!) input, float p, Tensor seed) -> ()", {at::Tag::needs_exact_strides});
 }

@@ -7,22 +7,30 @@
 
 namespace regfused {
 
-std::string why_not_fused(const at::Tensor& param) {
-  if (param.unsafeGetTensorImpl()->is_python_dispatch()) return "is a tensor subclass";
-  if (param.layout() != at::kStrided) return c10::str("has layout ", param.layout());
-  if (!has_kernels(param.device())) return c10::str("is on device ", param.device());
-  switch (param.scalar_type()) {
+std::string why_no_kernels(const at::Tensor& tensor) {
+  if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return "is a tensor subclass";
+  if (tensor.layout() != at::kStrided) return c10::str("has layout ", tensor.layout());
+  if (!has_kernels(tensor.device())) return c10::str("is on device ", tensor.device());
+  switch (tensor.scalar_type()) {
     case at::kFloat:
     case at::kDouble:
     case at::kBFloat16:
-    case at::kHalf: break;
-    default: return c10::str("has dtype ", param.scalar_type());
+    case at::kHalf: return "";
+    default: return c10::str("has dtype ", tensor.scalar_type());
   }
-  if (param.is_neg()) return "is a lazily negated view";
-  if (!param.is_non_overlapping_and_dense()) return "is not dense in memory";
-  if (param.numel() > 0 && param.data_ptr() == nullptr) return "has no memory";
-  if (memory_of(param).first % param.element_size() != 0) return "is not aligned to its elements";
+}
+
+std::string why_not_in_place(const at::Tensor& tensor) {
+  if (tensor.is_neg()) return "is a lazily negated view";
+  if (!tensor.is_non_overlapping_and_dense()) return "is not dense in memory";
+  if (tensor.numel() > 0 && tensor.data_ptr() == nullptr) return "has no memory";
+  if (memory_of(tensor).first % tensor.element_size() != 0) return "is not aligned to its elements";
   return "";
+}
+
+std::string why_not_fused(const at::Tensor& param) {
+  std::string why = why_no_kernels(param);
+  return why.empty() ? why_not_in_place(param) : why;
 }
 
 DType dtype_of(const at::Tensor& tensor) {

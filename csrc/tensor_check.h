@@ -12,6 +12,13 @@
 
 namespace regfused {
 
+// Why there are no kernels for such a tensor, wherever it lies in memory, or an empty string: they are for
+// strided float32, float64, bfloat16 and float16 tensors on a device that has kernels.
+std::string why_no_kernels(const at::Tensor& tensor);
+
+// Why the kernels cannot work on the memory of such a tensor as it is, or an empty string.
+std::string why_not_in_place(const at::Tensor& tensor);
+
 // Why the kernels cannot take this parameter, or an empty string. They take dense, strided,
 // non-overlapping float32, float64, bfloat16 and float16 tensors on a device that has kernels.
 std::string why_not_fused(const at::Tensor& param);

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from regfused import reference
 from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
+from regfused.dropout import Dropout, dropout
 from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.sgd import SGD
@@ -12,8 +13,10 @@ from regfused.sparsity import sparsity
 
 __all__ = [
     "SGD",
+    "Dropout",
     "build_info",
     "clip_grad_norm_",
+    "dropout",
     "elastic_net",
     "grad_norm",
     "param_groups",

@@ -24,6 +24,10 @@ ROOMS = (4096, 32764)
 FOREACH = [f"foreach_kernel<{room}, (ForeachPass){p}>" for room in ROOMS for p in range(4)]
 REGISTERS = {
     "foreach_launch.cu": dict.fromkeys(FOREACH, 64),
+    "dropout_launch.cu": {
+        **{f"dropout_kernel<{storage}>": 64 for storage in ("float", "__nv_bfloat16", "__half")},
+        "dropout_kernel<double>": 64,
+    },
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": 64 for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": 64 for room in ROOMS},
@@ -40,6 +44,10 @@ WIDE = {
     "foreach_launch.cu": {
         **{f"foreach_kernel<{room}, (ForeachPass){p}>": (1 + 3 * 2, 0) for room in ROOMS for p in (0, 1)},
         **{f"foreach_kernel<{room}, (ForeachPass){p}>": (4, 4) for room in ROOMS for p in (2, 3)},
+    },
+    # An access in each of the four runs of a row.
+    "dropout_launch.cu": {
+        f"dropout_kernel<{storage}>": (4, 4) for storage in ("float", "double", "__nv_bfloat16", "__half")
     },
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
@@ -118,7 +126,7 @@ def test_kernels_link_without_torch(tmp_path):
 def test_kernel_files_have_no_torch_header():
     free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*_job.h"), *CUDA.glob("*_launch.h")]
     free += [CUDA / "limits.h", CUDA / "number.h", *(ROOT / "csrc").glob("*_rule.h")]
-    free += [ROOT / "csrc" / name for name in ("chunk.h", "portable.h", "sgd_step.h")]
+    free += [ROOT / "csrc" / name for name in ("chunk.h", "dropout_job.h", "portable.h", "sgd_step.h")]
     assert len(free) >= 15
     for path in free:
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):

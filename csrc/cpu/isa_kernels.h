@@ -1,6 +1,7 @@
 // The kernels of the instruction set that is being compiled, as a table.
 #pragma once
 
+#include "dropout_kernel.h"
 #include "foreach_kernel.h"
 #include "kernels.h"
 #include "sgd_kernel.h"
@@ -11,7 +12,7 @@ inline namespace REGFUSED_ISA {
 const Kernels* kernels() {
 #define REGFUSED_NAME_OF(isa) #isa
 #define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
-  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kForeachKernels};
+  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kForeachKernels, kDropoutKernel};
   return &table;
 }
 

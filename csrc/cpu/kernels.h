@@ -1,6 +1,7 @@
 // Every kernel of one instruction set.
 #pragma once
 
+#include "../dropout_job.h"
 #include "../foreach.h"
 #include "../sgd_step.h"
 
@@ -10,6 +11,7 @@ struct Kernels {
   const char* isa;
   SgdKernels sgd;
   ForeachKernels foreach;
+  DropoutKernel dropout;
 };
 
 }  // namespace regfused

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../philox_rule.h"
 #include "../portable.h"
 
 namespace regfused {
@@ -38,6 +39,7 @@ struct Float16 {
 
 using HalfBits = Vector<uint16_t, kFloats>;
 using FloatBits = Vector<uint32_t, kFloats>;
+using DoubleBits = Vector<uint64_t, kDoubles>;
 
 // --- Conversions ------------------------------------------------------------------------------
 //
@@ -140,6 +142,79 @@ REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
   half = rest > 0x7f800000 ? nan : half;
   out.bits = narrow_bits(half | sign);
 }
+#endif
+
+// --- Integers ---------------------------------------------------------------------------------
+
+REGFUSED_RULE DoubleBits consecutive() {
+  DoubleBits lanes{};
+  for (int j = 0; j < kDoubles; ++j) lanes[j] = uint64_t(j);
+  return lanes;
+}
+
+// The lower halves of 64-bit lanes, a's at even and b's at odd positions.
+REGFUSED_RULE FloatBits interleave_low(DoubleBits a, DoubleBits b) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  return (FloatBits)((a & 0xffffffffu) | (b << 32));
+}
+
+// See philox_rule.h. The compiler would multiply all 64 bits.
+#if REGFUSED_VECTOR_BYTES == 64
+template <>
+REGFUSED_RULE DoubleBits low_product(DoubleBits a, uint32_t m) {
+  return (DoubleBits)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+template <>
+REGFUSED_RULE DoubleBits low_product(DoubleBits a, uint32_t m) {
+  return (DoubleBits)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+}
+#elif defined(__SSE2__)
+template <>
+REGFUSED_RULE DoubleBits low_product(DoubleBits a, uint32_t m) {
+  return (DoubleBits)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+}
+#endif
+
+// Whether an upper or a lower half of any lane is this.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm512_cmpeq_epi16_mask((__m512i)x, _mm512_set1_epi16(int16_t(half))) != 0;
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16((__m256i)x, _mm256_set1_epi16(int16_t(half)))) != 0;
+}
+#elif defined(__SSE2__)
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  return _mm_movemask_epi8(_mm_cmpeq_epi16((__m128i)x, _mm_set1_epi16(int16_t(half)))) != 0;
+}
+#else
+REGFUSED_RULE bool any_half_is(FloatBits x, uint16_t half) {
+  bool any = false;
+  for (int j = 0; j < kFloats; ++j) any |= (x[j] >> 16) == half || (x[j] & 0xffff) == half;
+  return any;
+}
+#endif
+
+// The lower and the upper half of a vector of 32-bit integers in 64 bits.
+#if REGFUSED_VECTOR_BYTES == 64
+REGFUSED_RULE DoubleBits widen_low(FloatBits x) {
+  return (DoubleBits)_mm512_cvtepu32_epi64(_mm512_castsi512_si256((__m512i)x));
+}
+REGFUSED_RULE DoubleBits widen_high(FloatBits x) {
+  return (DoubleBits)_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64((__m512i)x, 1));
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+REGFUSED_RULE DoubleBits widen_low(FloatBits x) {
+  return (DoubleBits)_mm256_cvtepu32_epi64(_mm256_castsi256_si128((__m256i)x));
+}
+REGFUSED_RULE DoubleBits widen_high(FloatBits x) {
+  return (DoubleBits)_mm256_cvtepu32_epi64(_mm256_extracti128_si256((__m256i)x, 1));
+}
+#else
+REGFUSED_RULE DoubleBits widen_low(FloatBits x) { return DoubleBits{x[0], x[1]}; }
+REGFUSED_RULE DoubleBits widen_high(FloatBits x) { return DoubleBits{x[2], x[3]}; }
 #endif
 
 // --- Storage types ----------------------------------------------------------------------------

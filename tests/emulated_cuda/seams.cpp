@@ -2,6 +2,7 @@
 // kernels, which run on the host.
 #include <cstdlib>
 
+#include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/stream.h"
@@ -27,6 +28,7 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) { return std::mak
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
   return std::make_unique<ForeachOnCuda>(device);
 }
+void run_dropout(const DropoutJob& job, c10::Device device) { dropout_on_cuda(job, device); }
 
 std::string cuda_built() { return "emulated"; }
 
