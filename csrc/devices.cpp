@@ -2,12 +2,25 @@
 #include "devices.h"
 
 #include "cpu/sgd_drive.h"
+#include "cpu/slice_drive.h"
 #if defined(REGFUSED_CUDA)
 #include "cuda/sgd_drive.h"
 #include "cuda/sgd_launch.h"
+#include "cuda/slice_drive.h"
 #endif
 
 namespace regfused {
+
+namespace {
+
+void shrink_slices_on_cpu(const std::vector<SliceTensor>& tensors) {
+  SlicesOnCpu slices;
+  slices.clear();
+  for (const SliceTensor& tensor : tensors) slices.add(tensor);
+  slices.shrink();
+}
+
+}  // namespace
 
 #if defined(REGFUSED_CUDA)
 
@@ -20,6 +33,11 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) {
   return std::make_unique<SgdOnCpu>();
 }
 
+void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors) {
+  if (device.is_cuda()) return shrink_slices_on_cuda(device, tensors);
+  shrink_slices_on_cpu(tensors);
+}
+
 std::string cuda_built() { return sgd_cuda_built(); }
 
 #else
@@ -29,6 +47,8 @@ bool has_kernels(c10::Device device) { return device.is_cpu(); }
 const char* where_kernels_run() { return "on the CPU"; }
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
+
+void shrink_slices(c10::Device, const std::vector<SliceTensor>& tensors) { shrink_slices_on_cpu(tensors); }
 
 std::string cuda_built() { return ""; }
 

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Every option, alone and in company.
 OPTIONS = {
     "plain": {},
-    "lr zero": {"lr": 0.0, "momentum": 0.9, "l1": 0.1, "weight_decay": 0.1},
+    "lr zero": {"lr": 0.0, "momentum": 0.9, "l1": 0.1, "weight_decay": 0.1, "group_l1": 1.0},
     "weight decay": {"weight_decay": 0.1},
     "momentum": {"momentum": 0.9},
     "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
@@ -46,6 +46,8 @@ OPTIONS = {
     "elastic net outside": {"momentum": 0.9, "l1": 0.2, "l2": 0.1, "max_norm": 1.0, "penalty_in_clip": False},
     "proximal l1": {"momentum": 0.9, "l1": 3.0, "proximal": True, "max_norm": 1.0},
     "proximal elastic net": {"l1": 2.0, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
+    "group lasso": {"group_l1": 3.0, "momentum": 0.9, "max_norm": 1.0},
+    "sparse group lasso": {"l1": 2.0, "proximal": True, "group_l1": 4.0, "group_dim": -1, "weight_decay": 0.01},
     "decoupled": {"momentum": 0.9, "weight_decay": 0.3, "decoupled_weight_decay": True, "l2": 0.1},
     "classical": {"momentum": 0.9, "classical_momentum": True, "weight_decay": 0.1, "max_norm": 2.0},
     "classical nesterov": {"momentum": 0.9, "classical_momentum": True, "nesterov": True, "l1": 0.1},
@@ -55,6 +57,7 @@ OPTIONS = {
         "l1": 1.0,
         "l2": 0.3,
         "proximal": True,
+        "group_l1": 1.0,
         "max_norm": 1.0,
         "norm_type": 1.0,
         "decoupled_weight_decay": True,
@@ -73,6 +76,8 @@ DEFAULTS = {
     "l1": 0.0,
     "l2": 0.0,
     "proximal": False,
+    "group_l1": 0.0,
+    "group_dim": 0,
     "max_norm": None,
     "norm_type": 2.0,
     "penalty_in_clip": True,
@@ -121,11 +126,36 @@ def assert_params_equal(params, twins, atol=0.0) -> None:
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
 
 
-class Oracle:
-    """The formula in float64 for one parameter group, as straight as it can be written."""
+def slices_of(p, dim) -> list[torch.Tensor]:
+    """Views of the slices of a tensor along a dimension; without one, all of it."""
+    if dim is None or p.dim() == 0:
+        return [p]
+    return [p.select(dim, i) for i in range(p.shape[dim])]
 
-    def __init__(self, options: dict):
+
+def shrink_groups(p, threshold, dim) -> torch.Tensor:
+    """The group lasso's proximal map, slice by slice."""
+    if p.dim() == 1:  # a slice is an element
+        return torch.where(p.abs() <= threshold, 0, p - threshold * p.sign()) if threshold > 0 else p
+    p = p.clone()
+    for w in slices_of(p, dim):
+        norm = math.sqrt((w * w).sum().item())
+        if norm <= threshold and threshold > 0:
+            w.zero_()
+        elif norm > 0:
+            w.mul_(1 - threshold / norm)
+    return p
+
+
+class Oracle:
+    """The formula in float64 for one parameter group, as straight as it can be written.
+
+    ``dtype`` is what parameters are rounded to before the group lasso looks at them.
+    """
+
+    def __init__(self, options: dict, dtype=torch.float64):
         self.o = {**DEFAULTS, **options}
+        self.dtype = dtype
 
     def penalty_gradient(self, p):
         return self.o["l1"] * torch.sign(p) + 2 * self.o["l2"] * p
@@ -168,6 +198,8 @@ class Oracle:
             if o["proximal"]:
                 shrunk = torch.maximum(p.abs() - o["lr"] * o["l1"], torch.zeros_like(p))
                 p = torch.sign(p) * shrunk / (1 + 2 * o["lr"] * o["l2"])
+            if o["group_l1"] != 0:
+                p = shrink_groups(p.to(self.dtype).double(), o["lr"] * o["group_l1"], o["group_dim"])
             new_params.append(p)
             new_buffers.append(b)
         return new_params, new_buffers, norm, c
@@ -180,8 +212,8 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
     (float32 for half types) on terms no larger than `scale`, and one rounding to the type of storage.
     """
     optimizer = make_optimizer(params, **with_defaults(options))
-    oracle = Oracle(options)
     dtype = params[0].dtype
+    oracle = Oracle(with_defaults(options), dtype)
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(dtype).eps / 2
     for step in range(steps):
@@ -207,6 +239,11 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
                 bound = 16 * arithmetic * scale + (storage if storage > arithmetic else 0) * expected.abs()
                 # Half the spacing of subnormals, below which a relative bound means nothing.
                 bound = bound + torch.finfo(dtype).smallest_normal * storage
+                if name == "param" and storage > arithmetic:
+                    # The group lasso takes away lr*group_l1 at most of what was rounded to storage before, where the
+                    # oracle may have come down on the other side of a tie.
+                    bound = bound + 2 * storage * oracle.o["lr"] * oracle.o["group_l1"]
+                    bound = bound + (2 * storage if oracle.o["group_l1"] else 0) * expected.abs()
                 wrong = (got.double() - expected).abs() > bound
                 assert not wrong.any(), (
                     f"step {step}, tensor {i} of {p.numel()} elements, {name}: {int(wrong.sum())} elements are off, "

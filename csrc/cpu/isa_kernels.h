@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "sgd_kernel.h"
+#include "slice_kernel.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {
@@ -10,7 +11,7 @@ inline namespace REGFUSED_ISA {
 const Kernels* kernels() {
 #define REGFUSED_NAME_OF(isa) #isa
 #define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
-  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels};
+  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kSliceKernels};
   return &table;
 }
 

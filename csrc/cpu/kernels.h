@@ -2,12 +2,14 @@
 #pragma once
 
 #include "../sgd_step.h"
+#include "../slice_step.h"
 
 namespace regfused {
 
 struct Kernels {
   const char* isa;
   SgdKernels sgd;
+  SliceKernels slice;
 };
 
 }  // namespace regfused
