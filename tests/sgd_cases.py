@@ -22,6 +22,14 @@ BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kern
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
 SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
 
+# Shapes whose slices are single elements, tiny, around a vector register, a row of 32 lanes, a chunk of 16384 elements,
+# and, where they do not lie together, around tiles of 512, 1024 and 2048 columns and of 16 and 64 rows.
+SLICED_SHAPES = (
+    *((), (1,), (7,), (4099,), (1, 5), (5, 1), (0, 3), (3, 0), (17, 3), (33, 31), (5, 32), (7, 33), (3, 65), (1100, 2)),
+    *((2, 4099), (3, 16383), (2, 16384), (2, 16385), (63, 1023), (65, 1025), (16, 513), (2, 3, 1025), (129, 1, 7)),
+    *((31, 5, 9), (17, 6, 3, 3), (2, 3, 4, 5, 6)),
+)
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Every option, alone and in company.
@@ -104,6 +112,28 @@ def make_params(sizes, dtype=torch.float32, generator=None) -> list[torch.nn.Par
     return params
 
 
+def memory_orders(dims: int) -> list[tuple[int, ...]]:
+    """Dimensions from the outermost in memory to the innermost: contiguous, transposed, channels last, and a mixture."""
+    orders = {tuple(range(dims)), tuple(reversed(range(dims)))}
+    if dims >= 4:
+        orders |= {(0, *range(2, dims), 1), (*range(1, dims, 2), *range(0, dims, 2))}
+    return sorted(orders)
+
+
+def laid_out(tensor, order) -> torch.Tensor:
+    """A copy that lies in memory in this order of dimensions."""
+    if tensor.dim() < 2:
+        return tensor.clone()
+    back = [order.index(d) for d in range(tensor.dim())]
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def dims_of(tensor) -> range:
+    """Every dimension, and every one again, counted from the back."""
+    dims = max(tensor.dim(), 1)
+    return range(-dims, dims)
+
+
 def give_grads(params, generator=None) -> None:
     """Never zero: a kernel that forgets an element must show."""
     for p in params:
@@ -126,25 +156,25 @@ def assert_params_equal(params, twins, atol=0.0) -> None:
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
 
 
-def slices_of(p, dim) -> list[torch.Tensor]:
-    """Views of the slices of a tensor along a dimension; without one, all of it."""
-    if dim is None or p.dim() == 0:
-        return [p]
-    return [p.select(dim, i) for i in range(p.shape[dim])]
+def scale_slices(p, dim, factor_of) -> torch.Tensor:
+    """Each slice of a float64 tensor along a dimension times the factor of its norm; without one, all of it."""
+    if p.numel() == 0:
+        return p.clone()
+    whole = dim is None or p.dim() == 0
+    rows = p.reshape(1, -1) if whole else p.movedim(dim, 0).reshape(p.shape[dim], -1)
+    if rows.shape[0] <= rows.shape[1]:
+        squares = [(row * row).sum().item() for row in rows]
+    else:
+        squares = sum(column * column for column in rows.unbind(1)).tolist()
+    factors = torch.tensor([factor_of(math.sqrt(square)) for square in squares], dtype=torch.float64)
+    if whole:
+        return p * factors.item()
+    return p * factors.reshape([-1 if d == dim % p.dim() else 1 for d in range(p.dim())])
 
 
 def shrink_groups(p, threshold, dim) -> torch.Tensor:
     """The group lasso's proximal map, slice by slice."""
-    if p.dim() == 1:  # a slice is an element
-        return torch.where(p.abs() <= threshold, 0, p - threshold * p.sign()) if threshold > 0 else p
-    p = p.clone()
-    for w in slices_of(p, dim):
-        norm = math.sqrt((w * w).sum().item())
-        if norm <= threshold and threshold > 0:
-            w.zero_()
-        elif norm > 0:
-            w.mul_(1 - threshold / norm)
-    return p
+    return scale_slices(p, dim, lambda norm: 1 if threshold == 0 else 0 if norm <= threshold else 1 - threshold / norm)
 
 
 class Oracle:

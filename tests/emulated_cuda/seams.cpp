@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "cuda/sgd_drive.h"
+#include "cuda/slice_drive.h"
 #include "cuda/stream.h"
 #include "devices.h"
 
@@ -22,6 +23,10 @@ c10::Device kernel_device(const at::Tensor& tensor) {
 }
 
 std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) { return std::make_unique<SgdOnCuda>(device); }
+
+void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors) {
+  shrink_slices_on_cuda(device, tensors);
+}
 
 std::string cuda_built() { return "emulated"; }
 
