@@ -4,14 +4,27 @@
 #include "cpu/dropout_drive.h"
 #include "cpu/foreach_drive.h"
 #include "cpu/sgd_drive.h"
+#include "cpu/slice_drive.h"
 #if defined(REGFUSED_CUDA)
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
 #include "cuda/sgd_drive.h"
 #include "cuda/sgd_launch.h"
+#include "cuda/slice_drive.h"
 #endif
 
 namespace regfused {
+
+namespace {
+
+void shrink_slices_on_cpu(const std::vector<SliceTensor>& tensors) {
+  SlicesOnCpu slices;
+  slices.clear();
+  for (const SliceTensor& tensor : tensors) slices.add(tensor);
+  slices.shrink();
+}
+
+}  // namespace
 
 #if defined(REGFUSED_CUDA)
 
@@ -34,6 +47,11 @@ void run_dropout(const DropoutJob& job, c10::Device device) {
   dropout_on_cpu(job);
 }
 
+void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors) {
+  if (device.is_cuda()) return shrink_slices_on_cuda(device, tensors);
+  shrink_slices_on_cpu(tensors);
+}
+
 std::string cuda_built() { return sgd_cuda_built(); }
 
 #else
@@ -46,6 +64,7 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_uniqu
 
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device) { return std::make_unique<ForeachOnCpu>(); }
 void run_dropout(const DropoutJob& job, c10::Device) { dropout_on_cpu(job); }
+void shrink_slices(c10::Device, const std::vector<SliceTensor>& tensors) { shrink_slices_on_cpu(tensors); }
 
 std::string cuda_built() { return ""; }
 

@@ -3,12 +3,14 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include <c10/core/Device.h>
 
 #include "dropout_job.h"
 #include "foreach_drive.h"
 #include "sgd_drive.h"
+#include "slice_step.h"
 
 namespace regfused {
 
@@ -28,6 +30,9 @@ std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device);
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device);
 
 void run_dropout(const DropoutJob& job, c10::Device device);
+
+// Shrinks slices of tensors of this device; those of an asynchronous one on its current stream.
+void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors);
 
 // What of CUDA was built, such as "13.0: sm_80, sm_90", or an empty string.
 std::string cuda_built();

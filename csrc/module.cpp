@@ -8,7 +8,9 @@
 #include "devices.h"
 #include "dropout_ops.h"
 #include "penalty_ops.h"
+#include "python_values.h"
 #include "sgd_plan.h"
+#include "tensor_check.h"
 
 namespace regfused {
 namespace {
@@ -26,6 +28,18 @@ py::dict build_info() {
   info["isa"] = choose_kernels()->isa;
   info["cuda"] = cuda_built();
   return info;
+}
+
+// Which tensors the kernels take, one by one; none where two share memory.
+std::vector<bool> takes(const std::vector<at::Tensor>& tensors) {
+  std::vector<bool> taken;
+  std::vector<MemoryRange> memory;
+  for (const at::Tensor& tensor : tensors) {
+    taken.push_back(is_plain(py::cast(tensor).ptr()) && why_not_fused(tensor).empty());
+    if (taken.back()) memory.push_back(memory_of(tensor));
+  }
+  if (any_overlap(std::move(memory))) taken.assign(tensors.size(), false);
+  return taken;
 }
 
 // The plan inside of a Python object, or nullptr while it is being made.
@@ -62,6 +76,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("penalty", &penalty);
   m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("takes", &takes);
   py::class_<SgdPlan>(m, "SgdPlan", collected())
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)

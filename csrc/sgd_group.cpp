@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
+#include <limits>
 
 #include "devices.h"
 #include "python_values.h"
@@ -21,6 +22,8 @@ enum Option {
   kWeightDecay,
   kL1,
   kL2,
+  kGroupL1,
+  kGroupDim,
   kMaxNorm,
   kNormType,
   kNonfinite,
@@ -45,6 +48,8 @@ PyObject* key_of(int option) {
                                                      interned("weight_decay"),
                                                      interned("l1"),
                                                      interned("l2"),
+                                                     interned("group_l1"),
+                                                     interned("group_dim"),
                                                      interned("max_norm"),
                                                      interned("norm_type"),
                                                      interned("nonfinite"),
@@ -89,9 +94,14 @@ SgdGroup::Read SgdGroup::read() {
   hyper.weight_decay = number(value[kWeightDecay]);
   hyper.l1 = number(value[kL1]);
   hyper.l2 = number(value[kL2]);
-  for (double strength : {hyper.lr, hyper.momentum, hyper.weight_decay, hyper.l1, hyper.l2})
+  hyper.group_l1 = number(value[kGroupL1]);
+  for (double strength : {hyper.lr, hyper.momentum, hyper.weight_decay, hyper.l1, hyper.l2, hyper.group_l1})
     if (!is_strength(strength)) return Read::odd;
   if (!std::isfinite(hyper.dampening)) return Read::odd;
+  if (!PyLong_Check(value[kGroupDim]) || PyBool_Check(value[kGroupDim])) return Read::odd;
+  int overflow = 0;
+  group_dim = PyLong_AsLongLongAndOverflow(value[kGroupDim], &overflow);
+  if (overflow) group_dim = std::numeric_limits<int64_t>::max();  // as much out of range
 
   clips = value[kMaxNorm] != Py_None;
   max_norm = clips ? number(value[kMaxNorm]) : 0;

@@ -19,6 +19,7 @@ struct SgdGroup {
   pybind11::object params;  // the list in dict["params"]
 
   SgdHyper hyper;
+  int64_t group_dim = 0;  // as it was written: which tensors have it is the plan's to check
   // Defined where lr is a tensor in the memory of a device: hyper.lr is then unknown until read_lr().
   at::Tensor device_lr;
   bool clips = false;
@@ -43,7 +44,7 @@ struct SgdGroup {
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  static constexpr int kOptions = 18;
+  static constexpr int kOptions = 20;
   std::array<pybind11::object, kOptions> values_;
   bool reread_ = true;  // one of them is a tensor, whose value may change, or was refused
 };

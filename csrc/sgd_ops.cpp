@@ -10,6 +10,7 @@
 
 #include "devices.h"
 #include "sgd_drive.h"
+#include "slice_check.h"
 #include "tensor_check.h"
 
 namespace regfused {
@@ -30,7 +31,7 @@ NormType fused_norm_type(double norm_type) {
 }
 
 void check_tensors(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                   const c10::List<bool>& first, double momentum) {
+                   const c10::List<bool>& first, double momentum, double group_l1, int64_t group_dim) {
   TORCH_CHECK_VALUE(grads.size() == params.size(),
                     "regfused::sgd_: there must be one gradient for each parameter, but got ", params.size(),
                     " parameters and ", grads.size(), " gradients");
@@ -47,14 +48,17 @@ void check_tensors(at::TensorList params, at::TensorList grads, at::TensorList m
   };
   for (size_t i = 0; i < params.size(); ++i) {
     check_like("grads", grads[i], params[i], i);
+    TORCH_CHECK_VALUE(group_l1 == 0 || has_slices(params[i], group_dim), "regfused::sgd_: group_dim must be ",
+                      demand_on_dim(c10::str("params[", i, "]"), params[i]), ", but got ", group_dim);
     if (buffers) check_like("momentum_buffers", momentum_buffers[i], params[i], i);
   }
 }
 
 void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first,
                  double lr, double momentum, double dampening, double weight_decay, bool nesterov, double l1, double l2,
-                 bool proximal, std::optional<double> max_norm, double norm_type, bool penalty_in_clip,
-                 std::string_view nonfinite, bool decoupled_weight_decay, bool classical_momentum, bool maximize) {
+                 bool proximal, double group_l1, int64_t group_dim, std::optional<double> max_norm, double norm_type,
+                 bool penalty_in_clip, std::string_view nonfinite, bool decoupled_weight_decay, bool classical_momentum,
+                 bool maximize) {
   SgdHyper hyper;
   hyper.lr = strength("lr", lr);
   hyper.momentum = strength("momentum", momentum);
@@ -62,6 +66,7 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
   hyper.weight_decay = strength("weight_decay", weight_decay);
   hyper.l1 = strength("l1", l1);
   hyper.l2 = strength("l2", l2);
+  hyper.group_l1 = strength("group_l1", group_l1);
   hyper.nesterov = nesterov;
   hyper.maximize = maximize;
   hyper.proximal = proximal;
@@ -71,7 +76,7 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
   TORCH_CHECK_VALUE(!max_norm || *max_norm >= 0, "regfused::sgd_: max_norm must be None or >= 0, but got ", *max_norm);
   TORCH_CHECK_VALUE(nonfinite == "propagate" || nonfinite == "skip" || nonfinite == "error",
                     "regfused::sgd_: nonfinite must be 'propagate', 'skip' or 'error', but got '", nonfinite, "'");
-  check_tensors(params, grads, momentum_buffers, first, momentum);
+  check_tensors(params, grads, momentum_buffers, first, momentum, group_l1, group_dim);
 
   SgdDriver driver;
   driver.groups = {hyper};
@@ -97,6 +102,7 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
     row.numel = param.numel();
     row.device = driver.index_of(kernel_device(param));
     row.dtype = dtype_of(param);
+    if (group_l1 != 0) row.slices = slices_along(param, group_dim);
     memory.push_back(memory_of(param));
     if (momentum != 0) {
       const Tensor& buffer = momentum_buffers[i];
@@ -143,9 +149,9 @@ void sgd_kernels(at::TensorList params, at::TensorList grads, at::TensorList mom
 
 // Shapes are all that a fake step needs to look at: it returns nothing.
 void sgd_meta(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, c10::List<bool> first,
-              double, double momentum, double, double, bool, double, double, bool, std::optional<double>, double, bool,
-              std::string_view, bool, bool, bool) {
-  check_tensors(params, grads, momentum_buffers, first, momentum);
+              double, double momentum, double, double, bool, double, double, bool, double group_l1, int64_t group_dim,
+              std::optional<double>, double, bool, std::string_view, bool, bool, bool) {
+  check_tensors(params, grads, momentum_buffers, first, momentum, group_l1, group_dim);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "devices.h"
 #include "python_values.h"
+#include "slice_check.h"
 #include "tensor_check.h"
 
 namespace regfused {
@@ -100,6 +101,7 @@ void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
   try {
     list_params();
     read_options();
+    check_group_dims();
     remember_state();
     plan_rows();
     driver_.cut();
@@ -131,6 +133,14 @@ void SgdPlan::list_params() {
   }
   driver_.groups.resize(groups_.size());
   driver_.lr.resize(groups_.size());
+}
+
+// Every parameter must have the slices that its group asks for.
+void SgdPlan::check_group_dims() const {
+  for (const Param& param : params_) {
+    const SgdGroup& group = groups_[param.group];
+    if (group.hyper.group_l1 != 0 && !has_slices(THPVariable_Unpack(param.object.ptr()), group.group_dim)) complain();
+  }
 }
 
 // Rows of the driver's table for the parameters that the kernels take.
@@ -189,19 +199,27 @@ void SgdPlan::plan_row(Param& param, PyObject* buffer_object) {
   row.group = param.group;
   row.device = driver_.index_of(kernel_device(tensor));
   row.dtype = dtype_of(tensor);
+  if (const SgdGroup& group = groups_[param.group]; group.hyper.group_l1 != 0) {
+    row.slices = slices_along(tensor, group.group_dim);
+    param.sizes = tensor.sizes().vec();
+  }
   driver_.tensors.push_back(row);
 }
 
-// Reads the options of all groups. False where a group went over to the reference, or back: then
-// the plan must be built again.
+// Reads the options of all groups. False where a group went over to the reference, or back, or where it
+// has other slices: then the plan must be built again.
 bool SgdPlan::read_options() {
   std::vector<bool> kernels;
-  bool changed = false;
+  bool changed = false, slices_hold = true;
   for (SgdGroup& group : groups_) {
     kernels.push_back(group.kernels);
+    const bool had_slices = group.hyper.group_l1 != 0;
+    const int64_t group_dim = group.group_dim;
     const SgdGroup::Read read = group.read();
     if (read == SgdGroup::Read::odd) complain();
     changed |= read == SgdGroup::Read::changed;
+    const bool has_slices = group.hyper.group_l1 != 0;
+    slices_hold &= has_slices == had_slices && (!has_slices || group.group_dim == group_dim);
   }
   if (!changed) return true;
   const SgdGroup& first = groups_.front();
@@ -213,7 +231,7 @@ bool SgdPlan::read_options() {
     group.kernels &= fused_norm;
   }
   scalars_.norm_type = first.norm_type == 1 ? NormType::one : first.norm_type == 2 ? NormType::two : NormType::inf;
-  bool routes_hold = true;
+  bool routes_hold = slices_hold;
   for (size_t g = 0; g < groups_.size(); ++g) {
     driver_.groups[g] = groups_[g].hyper;
     driver_.lr[g] = groups_[g].device_lr;

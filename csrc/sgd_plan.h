@@ -67,6 +67,7 @@ class SgdPlan {
     c10::DispatchKeySet keys;  // as they were when the parameter was found eligible
     at::ScalarType dtype = at::kFloat;
     std::vector<int64_t> strides;  // empty: contiguous
+    std::vector<int64_t> sizes;    // where they matter: the group lasso has slices
     bool relay_buffer = false;     // the buffer pairs other elements: to be copied into the parameter's layout
     void* buffer_memory = nullptr;
     c10::DispatchKeySet buffer_keys;
@@ -86,6 +87,7 @@ class SgdPlan {
   bool is_known(const py::list& param_groups, const py::dict& state) const;
   void build(const py::list& param_groups, const py::dict& state);
   void list_params();
+  void check_group_dims() const;
   void plan_rows();
   void plan_row(Param& param, PyObject* buffer);
   void remember_state();

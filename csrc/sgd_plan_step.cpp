@@ -195,6 +195,7 @@ bool SgdPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
   if (tensor.data_ptr() != row.param || tensor.numel() != row.numel || tensor.scalar_type() != param.dtype ||
       tensor.key_set() != param.keys)
     return false;
+  if (!param.sizes.empty() && tensor.sizes() != at::IntArrayRef(param.sizes)) return false;
   return param.strides.empty() ? tensor.is_contiguous() : tensor.strides() == at::IntArrayRef(param.strides);
 }
 

@@ -7,6 +7,7 @@
 //   b  = momentum*b + (1 - dampening)*d                afterwards
 //   u  = d + momentum*b (nesterov) | b | d (no momentum)
 //   p  = p - lr*u
+//   w  = w * max(1 - lr*group_l1/||w||, 0)             each slice w of p, once it is stored: see slice_rule.h
 //
 // An option that is off is a neutral number here, never a code path: penalty_in_clip = false
 // takes the penalty out of c, decoupled weight decay moves into the factor of p, classical
@@ -29,6 +30,7 @@ struct SgdHyper {
   double weight_decay = 0;
   double l1 = 0;
   double l2 = 0;
+  double group_l1 = 0;
   bool nesterov = false;
   bool maximize = false;
   bool proximal = false;

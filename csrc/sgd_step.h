@@ -7,6 +7,7 @@
 #include "chunk.h"
 #include "norm_rule.h"
 #include "sgd_rule.h"
+#include "slice_step.h"
 
 namespace regfused {
 
@@ -18,8 +19,15 @@ struct SgdTensor {
   int32_t group = 0;
   int8_t device = 0;  // an index of the driver's
   DType dtype = DType::float32;
+  SliceLayout slices;  // of the parameter, along group_dim; where group_l1 != 0
   bool first = false;  // the first gradient of this parameter: what the buffer holds is not read as b
 };
+
+// What the group lasso shrinks after a step of this tensor.
+inline SliceTensor slices_of(const SgdTensor& tensor, const SgdHyper& hyper) {
+  return {tensor.grad ? tensor.param : nullptr, tensor.dtype, SliceRule::group_lasso, tensor.slices,
+          hyper.lr * hyper.group_l1};
+}
 
 // What holds for all tensors of one step.
 struct SgdScalars {

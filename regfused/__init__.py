@@ -6,6 +6,7 @@ from regfused import reference
 from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
 from regfused.dropout import Dropout, dropout
+from regfused.max_norm import constrain_max_norm_
 from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.sgd import SGD
@@ -16,6 +17,7 @@ __all__ = [
     "Dropout",
     "build_info",
     "clip_grad_norm_",
+    "constrain_max_norm_",
     "dropout",
     "elastic_net",
     "grad_norm",

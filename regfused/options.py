@@ -12,7 +12,7 @@ import torch
 NONFINITE = ("propagate", "skip", "error")
 
 # Finite and >= 0.
-_STRENGTHS = ("lr", "momentum", "weight_decay", "l1", "l2")
+_STRENGTHS = ("lr", "momentum", "weight_decay", "l1", "l2", "group_l1")
 _SWITCHES = (
     "nesterov",
     "maximize",
@@ -25,7 +25,7 @@ _SWITCHES = (
 _CHOICES = ("foreach", "fused")
 # One value for the whole optimizer: there is one norm, over all groups.
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
-OPTIONS = (*_STRENGTHS, "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
+OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
 
 
 def number(operation: str, name: str, value: Any) -> float:
@@ -105,12 +105,37 @@ def check_group(operation: str, group: Mapping[str, Any]) -> None:
             raise ValueError(f"{operation}: max_norm must be None or >= 0, but got {group['max_norm']}")
     if math.isnan(number(operation, "norm_type", group["norm_type"])):
         raise ValueError(f"{operation}: norm_type must be a number, but got {group['norm_type']}")
+    check_group_dim(operation, group)
     if group["nonfinite"] not in NONFINITE:
         raise ValueError(f"{operation}: nonfinite must be one of {NONFINITE}, but got {group['nonfinite']!r}")
     for name in (*_SWITCHES, *_CHOICES):
         value = group[name]
         if not isinstance(value, bool | int) and not (value is None and name in _CHOICES):
             raise ValueError(f"{operation}: {name} must be True or False, but got {value!r}")
+
+
+def check_group_dim(operation: str, group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless ``group_dim`` is a dimension of every parameter that the group lasso shrinks."""
+    dim = group["group_dim"]
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise ValueError(f"{operation}: group_dim must be an int, but got {dim!r} ({type(dim).__name__})")
+    if float(group["group_l1"]) == 0:
+        return
+    params = group.get("params", ())
+    for i, param in enumerate([params] if isinstance(params, torch.Tensor) else params):
+        tensor = param[1] if isinstance(param, tuple) else param
+        if isinstance(tensor, torch.Tensor):
+            check_dim(operation, "group_dim", dim, tensor, f"parameter {i} of the group")
+
+
+def check_dim(operation: str, name: str, dim: int, tensor: torch.Tensor, place: str) -> None:
+    """Raise ``ValueError`` unless ``dim`` is a dimension of ``tensor``; one without dimensions has dimension 0."""
+    dims = max(tensor.dim(), 1)
+    if not -dims <= dim < dims:
+        raise ValueError(
+            f"{operation}: {name} must be in [{-dims}, {dims - 1}] for {place}, which has shape "
+            f"{tuple(tensor.shape)}, but got {dim}"
+        )
 
 
 def check_construction(operation: str, group: Mapping[str, Any]) -> None:
@@ -181,6 +206,7 @@ def group_allows_sparse(group: Mapping[str, Any]) -> bool:
         not group["fused"]
         and float(group["l1"]) == 0
         and float(group["l2"]) == 0
+        and float(group["group_l1"]) == 0
         and float(group["weight_decay"]) == 0
         and group["max_norm"] is None
         and group["nonfinite"] == "propagate"

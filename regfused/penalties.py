@@ -51,6 +51,7 @@ def param_groups(
     l1: float = 0.0,
     l2: float = 0.0,
     weight_decay: float = 0.0,
+    group_l1: float = 0.0,
     skip: Iterable[str] = (),
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ def param_groups(
 
     Args:
         model: whose parameters that require a gradient are grouped.
-        l1, l2, weight_decay: for the first group; 0 in the second.
+        l1, l2, weight_decay, group_l1: for the first group; 0 in the second.
         skip: further names for the second group, as shell patterns: ``["*.embedding.weight", "head.*"]``.
         options: any other option of the optimizer, the same in both groups.
 
@@ -96,8 +97,9 @@ def param_groups(
         (others if spared else penalized).append(param)
     if unused:
         raise ValueError(f"param_groups: every pattern in skip must fit a parameter, but {sorted(unused)} fit none")
+    strengths = {"l1": l1, "l2": l2, "weight_decay": weight_decay, "group_l1": group_l1}
     groups = [
-        {"params": penalized, "l1": l1, "l2": l2, "weight_decay": weight_decay, **options},
-        {"params": others, "l1": 0.0, "l2": 0.0, "weight_decay": 0.0, **options},
+        {"params": penalized, **strengths, **options},
+        {"params": others, **dict.fromkeys(strengths, 0.0), **options},
     ]
     return [group for group in groups if group["params"]]

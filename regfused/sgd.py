@@ -32,6 +32,7 @@ class SGD(reference.SGD):
         b  = momentum*b + (1 - dampening)*d            afterwards
         u  = d + momentum*b (nesterov) | b (momentum) | d
         p  = p - lr*u
+        w  = w * max(1 - lr*group_l1/||w||, 0)         for each slice w of p along group_dim, after all this
 
     So ``SGD(params, lr, momentum, weight_decay, l1=.., l2=.., max_norm=..)`` gives the weights of a loop that adds
     ``l1*sum(p.abs().sum()) + l2*sum(p.pow(2).sum())`` to the loss, calls ``clip_grad_norm_`` and steps
@@ -62,6 +63,17 @@ class SGD(reference.SGD):
             ``p = sign(p)*max(|p| - lr*l1, 0) / (1 + 2*lr*l2)``, which makes exact zeros (soft thresholding, ISTA:
             Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014). Momentum does not amplify it:
             an ``l1`` in the loss acts, in the long run, as ``l1 / (1 - momentum)`` does here.
+        group_l1: strength of the group lasso ``sum ||w||`` over the slices ``w = p.select(group_dim, i)``, >= 0: its
+            proximal map, with ``proximal`` or without, after everything else has been done to ``p`` and on ``p`` as it
+            is stored. A slice whose L2 norm is not above ``lr*group_l1`` becomes exactly zero, the others keep their
+            direction (Yuan and Lin, Model selection and estimation in regression with grouped variables, 2006). With
+            ``l1`` and ``proximal`` it is the sparse group lasso, elements first (Simon, Friedman, Hastie and Tibshirani,
+            A sparse-group lasso, 2013). All slices of a parameter have one size; who weighs groups by the square root
+            of theirs writes it into ``group_l1``. Momentum does not amplify it; a NaN makes its slice NaN; with
+            ``lr = 0`` nothing moves. Not part of ``stats.penalty``. Per group.
+        group_dim: dimension of the slices, negative from the back: 0 has the rows of a ``Linear`` weight (outputs) or
+            the filters of a convolution, 1 the columns (inputs). Where ``group_l1`` is not 0, every parameter of the
+            group must have it; one without dimensions is one slice. Per group.
         max_norm: clip the global norm ``N`` to it, >= 0, or None. The same in every group.
         norm_type: of ``N``. 1, 2 and inf run fused, others through the reference. The same in every group.
         penalty_in_clip: False: ``N`` and ``c`` see ``g'`` alone; the penalty's gradient is added after the clip.

@@ -1,4 +1,4 @@
-"""How many weights are exactly zero."""
+"""How many weights, and how many groups of them, are exactly zero."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class ParameterSparsity:
     shape: tuple[int, ...]
     zeros: int
     numel: int
+    zero_groups: int = 0
+    groups: int = 0
 
     @property
     def fraction(self) -> float:
@@ -25,7 +27,7 @@ class ParameterSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Exact zeros per parameter and in all; prints as a table."""
+    """Exact zeros, and groups of nothing else, per parameter and in all; prints as a table."""
 
     parameters: tuple[ParameterSparsity, ...]
 
@@ -38,15 +40,24 @@ class Sparsity:
         return sum(p.numel for p in self.parameters)
 
     @property
+    def zero_groups(self) -> int:
+        return sum(p.zero_groups for p in self.parameters)
+
+    @property
+    def groups(self) -> int:
+        return sum(p.groups for p in self.parameters)
+
+    @property
     def fraction(self) -> float:
         return self.zeros / self.numel if self.numel else 0.0
 
     def __str__(self) -> str:
-        everything = ParameterSparsity("all", (), self.zeros, self.numel)
-        cells = [("parameter", "shape", "zeros", "elements", "share")]
+        everything = ParameterSparsity("all", (), self.zeros, self.numel, self.zero_groups, self.groups)
+        cells = [("parameter", "shape", "zeros", "elements", "share", "zero groups", "groups")]
         for p in (*self.parameters, everything):
-            cells.append((p.name, "x".join(map(str, p.shape)), f"{p.zeros:,}", f"{p.numel:,}", f"{p.fraction:.2%}"))
-        widths = [max(len(row[column]) for row in cells) for column in range(5)]
+            counts = (f"{p.zeros:,}", f"{p.numel:,}", f"{p.fraction:.2%}", f"{p.zero_groups:,}", f"{p.groups:,}")
+            cells.append((p.name, "x".join(map(str, p.shape)), *counts))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = []
         for row in cells:
             padded = [
@@ -57,23 +68,32 @@ class Sparsity:
 
 
 @torch.no_grad()
-def sparsity(model_or_params: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> Sparsity:
-    """Count the elements that are exactly zero (0 or -0).
+def sparsity(
+    model_or_params: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]], group_dim: int = 0
+) -> Sparsity:
+    """Count the elements that are exactly zero (0 or -0), and the groups of elements that all are.
 
     Args:
         model_or_params: a module, a tensor, or an iterable of tensors or of ``(name, tensor)`` pairs.
+        group_dim: the groups of a tensor are its slices along this dimension, as in the group lasso of `regfused.SGD`:
+            rows, filters (0), columns (1); negative from the back. A tensor without dimensions is one group; one that
+            does not have the dimension, or no elements, has no groups.
 
     Returns:
-        A `Sparsity`: ``.fraction``, ``.zeros``, ``.numel`` in all, ``.parameters`` one by one; ``print`` shows a table.
+        A `Sparsity`: ``.fraction``, ``.zeros``, ``.numel``, ``.zero_groups``, ``.groups`` in all, ``.parameters`` one
+        by one; ``print`` shows a table.
 
     Raises:
         TypeError: for something else than tensors.
+        ValueError: for a group_dim that is not an int.
 
     Example::
 
         >>> sparsity([torch.tensor([0.0, 1.0, -0.0, 2.0])]).fraction
         0.5
     """
+    if not isinstance(group_dim, int) or isinstance(group_dim, bool):
+        raise ValueError(f"sparsity: group_dim must be an int, but got {group_dim!r} ({type(group_dim).__name__})")
     if isinstance(model_or_params, nn.Module):
         items: Iterable[object] = model_or_params.named_parameters()
     elif isinstance(model_or_params, Tensor):
@@ -85,5 +105,15 @@ def sparsity(model_or_params: nn.Module | Tensor | Iterable[Tensor] | Iterable[t
         name, tensor = item if isinstance(item, tuple) else (str(i), item)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"sparsity: expected tensors, but item {i} is a {type(tensor).__name__}")
-        rows.append(ParameterSparsity(name, tuple(tensor.shape), int((tensor == 0).sum()), tensor.numel()))
+        counts = int((tensor == 0).sum()), tensor.numel(), *_groups(tensor, group_dim)
+        rows.append(ParameterSparsity(name, tuple(tensor.shape), *counts))
     return Sparsity(tuple(rows))
+
+
+def _groups(tensor: Tensor, dim: int) -> tuple[int, int]:
+    """How many groups are zero, of how many."""
+    dims = max(tensor.dim(), 1)
+    if not -dims <= dim < dims or tensor.numel() == 0:
+        return 0, 0
+    rows = tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    return int((rows == 0).all(dim=1).sum()), rows.shape[0]

@@ -22,12 +22,20 @@ BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kern
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
 SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
 
+# Shapes whose slices are single elements, tiny, around a vector register, a row of 32 lanes, a chunk of 16384 elements,
+# and, where they do not lie together, around tiles of 512, 1024 and 2048 columns and of 16 and 64 rows.
+SLICED_SHAPES = (
+    *((), (1,), (7,), (4099,), (1, 5), (5, 1), (0, 3), (3, 0), (17, 3), (33, 31), (5, 32), (7, 33), (3, 65), (1100, 2)),
+    *((2, 4099), (3, 16383), (2, 16384), (2, 16385), (63, 1023), (65, 1025), (16, 513), (2, 3, 1025), (129, 1, 7)),
+    *((31, 5, 9), (17, 6, 3, 3), (2, 3, 4, 5, 6)),
+)
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Every option, alone and in company.
 OPTIONS = {
     "plain": {},
-    "lr zero": {"lr": 0.0, "momentum": 0.9, "l1": 0.1, "weight_decay": 0.1},
+    "lr zero": {"lr": 0.0, "momentum": 0.9, "l1": 0.1, "weight_decay": 0.1, "group_l1": 1.0},
     "weight decay": {"weight_decay": 0.1},
     "momentum": {"momentum": 0.9},
     "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
@@ -46,6 +54,8 @@ OPTIONS = {
     "elastic net outside": {"momentum": 0.9, "l1": 0.2, "l2": 0.1, "max_norm": 1.0, "penalty_in_clip": False},
     "proximal l1": {"momentum": 0.9, "l1": 3.0, "proximal": True, "max_norm": 1.0},
     "proximal elastic net": {"l1": 2.0, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
+    "group lasso": {"group_l1": 3.0, "momentum": 0.9, "max_norm": 1.0},
+    "sparse group lasso": {"l1": 2.0, "proximal": True, "group_l1": 4.0, "group_dim": -1, "weight_decay": 0.01},
     "decoupled": {"momentum": 0.9, "weight_decay": 0.3, "decoupled_weight_decay": True, "l2": 0.1},
     "classical": {"momentum": 0.9, "classical_momentum": True, "weight_decay": 0.1, "max_norm": 2.0},
     "classical nesterov": {"momentum": 0.9, "classical_momentum": True, "nesterov": True, "l1": 0.1},
@@ -55,6 +65,7 @@ OPTIONS = {
         "l1": 1.0,
         "l2": 0.3,
         "proximal": True,
+        "group_l1": 1.0,
         "max_norm": 1.0,
         "norm_type": 1.0,
         "decoupled_weight_decay": True,
@@ -73,6 +84,8 @@ DEFAULTS = {
     "l1": 0.0,
     "l2": 0.0,
     "proximal": False,
+    "group_l1": 0.0,
+    "group_dim": 0,
     "max_norm": None,
     "norm_type": 2.0,
     "penalty_in_clip": True,
@@ -99,6 +112,28 @@ def make_params(sizes, dtype=torch.float32, generator=None) -> list[torch.nn.Par
     return params
 
 
+def memory_orders(dims: int) -> list[tuple[int, ...]]:
+    """Dimensions from the outermost in memory to the innermost: contiguous, transposed, channels last, and a mixture."""
+    orders = {tuple(range(dims)), tuple(reversed(range(dims)))}
+    if dims >= 4:
+        orders |= {(0, *range(2, dims), 1), (*range(1, dims, 2), *range(0, dims, 2))}
+    return sorted(orders)
+
+
+def laid_out(tensor, order) -> torch.Tensor:
+    """A copy that lies in memory in this order of dimensions."""
+    if tensor.dim() < 2:
+        return tensor.clone()
+    back = [order.index(d) for d in range(tensor.dim())]
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def dims_of(tensor) -> range:
+    """Every dimension, and every one again, counted from the back."""
+    dims = max(tensor.dim(), 1)
+    return range(-dims, dims)
+
+
 def give_grads(params, generator=None) -> None:
     """Never zero: a kernel that forgets an element must show."""
     for p in params:
@@ -121,11 +156,36 @@ def assert_params_equal(params, twins, atol=0.0) -> None:
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
 
 
-class Oracle:
-    """The formula in float64 for one parameter group, as straight as it can be written."""
+def scale_slices(p, dim, factor_of) -> torch.Tensor:
+    """Each slice of a float64 tensor along a dimension times the factor of its norm; without one, all of it."""
+    if p.numel() == 0:
+        return p.clone()
+    whole = dim is None or p.dim() == 0
+    rows = p.reshape(1, -1) if whole else p.movedim(dim, 0).reshape(p.shape[dim], -1)
+    if rows.shape[0] <= rows.shape[1]:
+        squares = [(row * row).sum().item() for row in rows]
+    else:
+        squares = sum(column * column for column in rows.unbind(1)).tolist()
+    factors = torch.tensor([factor_of(math.sqrt(square)) for square in squares], dtype=torch.float64)
+    if whole:
+        return p * factors.item()
+    return p * factors.reshape([-1 if d == dim % p.dim() else 1 for d in range(p.dim())])
 
-    def __init__(self, options: dict):
+
+def shrink_groups(p, threshold, dim) -> torch.Tensor:
+    """The group lasso's proximal map, slice by slice."""
+    return scale_slices(p, dim, lambda norm: 1 if threshold == 0 else 0 if norm <= threshold else 1 - threshold / norm)
+
+
+class Oracle:
+    """The formula in float64 for one parameter group, as straight as it can be written.
+
+    ``dtype`` is what parameters are rounded to before the group lasso looks at them.
+    """
+
+    def __init__(self, options: dict, dtype=torch.float64):
         self.o = {**DEFAULTS, **options}
+        self.dtype = dtype
 
     def penalty_gradient(self, p):
         return self.o["l1"] * torch.sign(p) + 2 * self.o["l2"] * p
@@ -168,6 +228,8 @@ class Oracle:
             if o["proximal"]:
                 shrunk = torch.maximum(p.abs() - o["lr"] * o["l1"], torch.zeros_like(p))
                 p = torch.sign(p) * shrunk / (1 + 2 * o["lr"] * o["l2"])
+            if o["group_l1"] != 0:
+                p = shrink_groups(p.to(self.dtype).double(), o["lr"] * o["group_l1"], o["group_dim"])
             new_params.append(p)
             new_buffers.append(b)
         return new_params, new_buffers, norm, c
@@ -180,8 +242,8 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
     (float32 for half types) on terms no larger than `scale`, and one rounding to the type of storage.
     """
     optimizer = make_optimizer(params, **with_defaults(options))
-    oracle = Oracle(options)
     dtype = params[0].dtype
+    oracle = Oracle(with_defaults(options), dtype)
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(dtype).eps / 2
     for step in range(steps):
@@ -207,6 +269,11 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
                 bound = 16 * arithmetic * scale + (storage if storage > arithmetic else 0) * expected.abs()
                 # Half the spacing of subnormals, below which a relative bound means nothing.
                 bound = bound + torch.finfo(dtype).smallest_normal * storage
+                if name == "param" and storage > arithmetic:
+                    # The group lasso takes away lr*group_l1 at most of what was rounded to storage before, where the
+                    # oracle may have come down on the other side of a tie.
+                    bound = bound + 2 * storage * oracle.o["lr"] * oracle.o["group_l1"]
+                    bound = bound + (2 * storage if oracle.o["group_l1"] else 0) * expected.abs()
                 wrong = (got.double() - expected).abs() > bound
                 assert not wrong.any(), (
                     f"step {step}, tensor {i} of {p.numel()} elements, {name}: {int(wrong.sum())} elements are off, "

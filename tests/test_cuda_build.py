@@ -35,6 +35,11 @@ REGISTERS = {
         **{f"sgd_step_kernel<{room}, true>": 128 for room in ROOMS},
         **{f"upload_kernel<{room}>": 64 for room in ROOMS},
     },
+    "slice_launch.cu": {
+        **{f"slice_{does}_kernel<{room}, false>": 64 for room in ROOMS for does in ("measure", "scale")},
+        **{f"slice_{does}_kernel<{room}, true>": 128 for room in ROOMS for does in ("measure", "scale")},
+        **{f"slice_judge_kernel<{room}>": 64 for room in ROOMS},
+    },
 }
 
 # Loads and stores of 16 bytes in a kernel, at least. The step: each pass over an array, for float32, bfloat16 and
@@ -52,6 +57,11 @@ WIDE = {
     "sgd_launch.cu": {
         **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
         **{f"sgd_step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
+    },
+    # Segments and tiles, of float32, bfloat16 and float16; sums may be taken once more in double.
+    "slice_launch.cu": {
+        **{f"slice_measure_kernel<{room}, false>": (3 * 2 * 2, 0) for room in ROOMS},
+        **{f"slice_scale_kernel<{room}, false>": (3 * 2, 3 * 2) for room in ROOMS},
     },
 }
 

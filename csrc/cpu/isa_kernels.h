@@ -5,6 +5,7 @@
 #include "foreach_kernel.h"
 #include "kernels.h"
 #include "sgd_kernel.h"
+#include "slice_kernel.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {
@@ -12,7 +13,8 @@ inline namespace REGFUSED_ISA {
 const Kernels* kernels() {
 #define REGFUSED_NAME_OF(isa) #isa
 #define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
-  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kForeachKernels, kDropoutKernel};
+  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kForeachKernels, kDropoutKernel,
+                                kSliceKernels};
   return &table;
 }
 

@@ -4,6 +4,7 @@
 #include "../dropout_job.h"
 #include "../foreach.h"
 #include "../sgd_step.h"
+#include "../slice_step.h"
 
 namespace regfused {
 
@@ -12,6 +13,7 @@ struct Kernels {
   SgdKernels sgd;
   ForeachKernels foreach;
   DropoutKernel dropout;
+  SliceKernels slice;
 };
 
 }  // namespace regfused

@@ -9,9 +9,24 @@ namespace regfused {
 
 void SgdOnCpu::cut(const SgdWork& work, int8_t index) {
   kernels_ = choose_kernels()->sgd;
+  slice_kernels_ = choose_kernels()->slice;
   chunks_.clear();
-  for (size_t t = 0; t < work.tensors.size(); ++t)
-    if (work.tensors[t].device == index) chunks_.add(static_cast<int32_t>(t), work.tensors[t].numel);
+  others_.clear();
+  other_rows_.clear();
+  for (size_t t = 0; t < work.tensors.size(); ++t) {
+    const SgdTensor& tensor = work.tensors[t];
+    if (tensor.device != index) continue;
+    int64_t size = Chunks::kSize;
+    if (const SgdHyper& hyper = work.groups[tensor.group]; hyper.group_l1 != 0) {
+      if (const int64_t of_slices = SlicesOnCpu::chunk_of_slices(tensor.slices)) {
+        size = of_slices;
+      } else {
+        others_.add(slices_of(tensor, hyper));
+        other_rows_.push_back(t);
+      }
+    }
+    chunks_.add(static_cast<int32_t>(t), tensor.numel, size);
+  }
   partials_.assign(chunks_.size(), SgdPartial{});
 }
 
@@ -45,15 +60,36 @@ std::pair<int64_t, int64_t> SgdOnCpu::first_nonfinite() const {
 
 void SgdOnCpu::step(const SgdWork& work, const SgdScalars& scalars) {
   run(work, [&](const SgdTensor& tensor, const Chunk& chunk, SgdPartial& partial) {
-    kernels_.step(tensor, chunk, work.groups[tensor.group], scalars, partial);
+    const SgdHyper& hyper = work.groups[tensor.group];
+    kernels_.step(tensor, chunk, hyper, scalars, partial);
+    if (hyper.group_l1 != 0) partial.zeros = shrink_chunk(slices_of(tensor, hyper), chunk, partial.zeros);
   });
+  shrink_others(work);
   totals_ = SgdTotals();
+  totals_.zeros = static_cast<double>(others_.zeros());
   for (size_t c = 0; c < chunks_.size(); ++c) {
     if (!work.tensors[chunks_[c].tensor].grad) continue;
     totals_.penalty += partials_[c].penalty;
     totals_.zeros += static_cast<double>(partials_[c].zeros);
     totals_.numel += chunks_[c].size;
   }
+}
+
+// The group lasso on a chunk of whole slices, while it is in the cache. The exact zeros that are to be counted
+// for the chunk, given those there were: none where a later pass counts them.
+int64_t SgdOnCpu::shrink_chunk(const SliceTensor& slices, const Chunk& chunk, int64_t zeros) const {
+  if (slices.is_passed_by()) return zeros;
+  if (!SlicesOnCpu::chunk_of_slices(slices.layout)) return 0;
+  return slice_kernels_.shrink(slices, chunk.begin, chunk.size);
+}
+
+void SgdOnCpu::shrink_others(const SgdWork& work) {
+  for (size_t i = 0; i < other_rows_.size(); ++i) {
+    const SgdTensor& tensor = work.tensors[other_rows_[i]];
+    const SliceTensor slices = slices_of(tensor, work.groups[tensor.group]);
+    others_.set(i, slices.data, slices.bound);
+  }
+  others_.shrink();
 }
 
 }  // namespace regfused

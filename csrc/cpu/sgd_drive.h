@@ -5,6 +5,7 @@
 
 #include "../sgd_drive.h"
 #include "chunks.h"
+#include "slice_drive.h"
 
 namespace regfused {
 
@@ -24,9 +25,16 @@ class SgdOnCpu : public SgdDevice {
   template <class Pass>
   void run(const SgdWork& work, Pass pass);
 
+  int64_t shrink_chunk(const SliceTensor& slices, const Chunk& chunk, int64_t zeros) const;
+  void shrink_others(const SgdWork& work);
+
   SgdKernels kernels_ = {};
+  SliceKernels slice_kernels_ = {};
   Chunks chunks_;
   std::vector<SgdPartial> partials_;
+  // Tensors whose slices do not fit chunks: rows of SgdWork::tensors, in the order of others_.
+  std::vector<size_t> other_rows_;
+  SlicesOnCpu others_;
   SgdTotals totals_;
 };
 

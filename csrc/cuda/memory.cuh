@@ -102,19 +102,25 @@ __device__ __forceinline__ bool same_alignment(const S* a, const S* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kAccessBytes == 0;
 }
 
-// Calls body.template operator()<N>(i) so that the threads of the block cover the elements [0, n)
-// once: N = kPerAccess where all arrays can be accessed 16 bytes at once, N = 1 for the ends that
-// are left, and for everything where the arrays are `apart`, that is, aligned differently. `array`
-// is one of them.
+// Calls body.template operator()<N>(i) so that some threads, of which this one is the `thread`-th, cover the
+// elements [0, n) once: N = kPerAccess where all arrays can be accessed 16 bytes at once, N = 1 for the
+// ends that are left, and for everything where the arrays are `apart`, that is, aligned differently.
+// `array` is one of them.
 template <class S, class Body>
-__device__ __forceinline__ void for_each_access(const S* array, int n, bool apart, const Body& body) {
+__device__ __forceinline__ void for_each_access_of(int thread, int threads, const S* array, int n, bool apart,
+                                                   const Body& body) {
   constexpr int N = kPerAccess<S>;
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const int head = apart ? n : elements_before_aligned(array, n);
   const int tail = head + (n - head) / N * N;
   for (int i = thread; i < head; i += threads) body.template operator()<1>(i);
   for (int i = head + thread * N; i < tail; i += threads * N) body.template operator()<N>(i);
   for (int i = tail + thread; i < n; i += threads) body.template operator()<1>(i);
+}
+
+// The same for all threads of the block.
+template <class S, class Body>
+__device__ __forceinline__ void for_each_access(const S* array, int n, bool apart, const Body& body) {
+  for_each_access_of(int(threadIdx.x), int(blockDim.x), array, n, apart, body);
 }
 
 }  // namespace regfused

@@ -22,9 +22,9 @@ static_assert(sizeof(Chunk) % 8 == 0 && sizeof(SgdDeviceTensor) % 8 == 0 && size
 }  // namespace
 
 SgdOnCuda::SgdOnCuda(c10::Device device)
-    : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()) {
+    : device_(device), memory_(memory_of(device)), room_for_each_(sgd_room_for_each()), slices_(device) {
   // As long as no step was taken: no norm, no clip, nothing counted.
-  record_ = at::zeros({kRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
+  record_ = at::zeros({kDeviceRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
   record_.select(0, kGradNorm).fill_(NAN);
   record_.select(0, kClipCoef).fill_(1);
 }
@@ -52,7 +52,8 @@ void SgdOnCuda::follow_stream() {
   const cudaStream_t now = stream();
   if (now == last_stream_) return;
   last_stream_ = now;
-  for (const at::Tensor* tensor : {&tables_, &partials_, &gathered_, &sums_, &record_, &far_each_})
+  for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{&tables_, &partials_, &gathered_, &sums_,
+                                                                           &record_, &far_each_, &slices_.memory()})
     if (tensor->defined()) in_use_on_current_stream(*tensor);
 }
 
@@ -95,7 +96,7 @@ void SgdOnCuda::begin(const SgdWork& work) {
                 "regfused: in a CUDA graph a step must find everything as the step before left it, but "
                 "parameters, momentum buffers or groups are new (take a step before the capture)");
     cut_chunks(work);
-    upload_tables();
+    upload_tables(work);
   }
   was_captured_ |= is_capturing();
   collect_each(work);
@@ -116,7 +117,7 @@ void SgdOnCuda::update_table(const SgdWork& work) {
   }
 }
 
-void SgdOnCuda::upload_tables() {
+void SgdOnCuda::upload_tables(const SgdWork& work) {
   doubles_ = false;
   for (const SgdDeviceTensor& tensor : table_) doubles_ |= tensor.dtype == DType::float64;
   const char* operation = "tell how many blocks it runs at once";
@@ -131,7 +132,18 @@ void SgdOnCuda::upload_tables() {
   replace(partials_, allocate(sizeof(double) * span_count_));
   at::Tensor sums = at::zeros({2, span_count_}, partials_.options());
   if (sums_.defined()) sums.select(1, 0).copy_(sums_.sum(1));  // the numbers of the last step stay
+  if (!slices_.empty()) sums.select(0, 1).select(0, 0).add_(slices_.zeros().sum());
   replace(sums_, std::move(sums));
+  sliced_.clear();
+  std::vector<SliceTensor> slices;
+  for (const int32_t row : rows_) {
+    const SgdTensor& tensor = work.tensors[row];
+    if (work.groups[tensor.group].group_l1 == 0 || tensor.numel == 0) continue;
+    sliced_.push_back(row);
+    slices.push_back(slices_of(tensor, work.groups[tensor.group]));
+  }
+  if (slices_.memory().defined() && was_captured_) retired_.push_back(slices_.memory());
+  slices_.plan(slices, /*counts=*/true);
   send(tables_, bytes.data(), bytes.size());
   is_uploaded_ = true;
 }
@@ -141,10 +153,12 @@ void SgdOnCuda::upload_tables() {
 void SgdOnCuda::collect_each(const SgdWork& work) {
   constexpr size_t kGroupWords = sizeof(SgdDeviceGroup) / 8;
   each_.assign(work.groups.size() * kGroupWords + rows_.size(), 0);
+  lr_.clear();
   for (size_t g = 0; g < work.groups.size(); ++g) {
     SgdDeviceGroup group{};
     group.hyper = work.groups[g];
     group.lr = number(work.lr[g], work.groups[g].lr);
+    lr_.push_back(group.lr);
     std::memcpy(each_.data() + g * kGroupWords, &group, sizeof group);
   }
   numel_ = 0;
@@ -235,6 +249,16 @@ std::pair<int64_t, int64_t> SgdOnCuda::first_nonfinite() const {
 void SgdOnCuda::step(const SgdWork& work, const SgdScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
   launch(SgdPass::step, job(work, scalars), "launch the step kernel");
+  shrink(work);
+}
+
+// The group lasso, unless the device has skipped the step.
+void SgdOnCuda::shrink(const SgdWork& work) {
+  for (size_t i = 0; i < sliced_.size(); ++i) {
+    const SgdTensor& tensor = work.tensors[sliced_[i]];
+    slices_.set(i, tensor.grad ? tensor.param : nullptr, work.groups[tensor.group].group_l1, lr_[tensor.group]);
+  }
+  slices_.shrink(static_cast<const double*>(record_.data_ptr()) + kStepSkipped);
 }
 
 void SgdOnCuda::judge_and_step(const SgdWork& work, const SgdScalars& scalars,
@@ -252,6 +276,7 @@ void SgdOnCuda::judge_and_step(const SgdWork& work, const SgdScalars& scalars,
     judging.gathered_count = static_cast<int32_t>(gathered_.numel());
   }
   launch(SgdPass::step, judging, "launch the step kernel");
+  shrink(work);
 }
 
 // torch's copies between devices wait for each other on the devices, not on the host.
@@ -268,8 +293,9 @@ void SgdOnCuda::gather(const std::vector<at::Tensor>& partials_of_all) {
 
 at::Tensor SgdOnCuda::numbers() const {
   const c10::DeviceGuard guard(memory_);
-  at::Tensor numbers = record_.clone();
+  at::Tensor numbers = record_.narrow(0, 0, kRecordSize).clone();
   numbers.narrow(0, kPenalty, 2).copy_(sums_.sum(1));
+  if (!slices_.empty()) numbers.select(0, kZeros).add_(slices_.zeros().sum());
   return numbers;
 }
 

@@ -5,11 +5,12 @@
 
 #include "../sgd_drive.h"
 #include "sgd_launch.h"
+#include "slice_drive.h"
 
 namespace regfused {
 
-// Two launches for a step, one where nothing needs a norm. What stays the same from step to step is in
-// tables in the memory of the device, uploaded when it changed; the rest are arguments of the kernels.
+// Two launches for a step, one where nothing needs a norm; three more with a group lasso. What stays the same from step
+// to step is in tables in the memory of the device, uploaded when it changed; the rest are arguments of the kernels.
 // Only with more tensors than fit there (some 4000) a launch for each 4000 of them goes ahead.
 class SgdOnCuda : public SgdAsyncDevice {
  public:
@@ -32,11 +33,12 @@ class SgdOnCuda : public SgdAsyncDevice {
  private:
   void cut_chunks(const SgdWork& work);
   void update_table(const SgdWork& work);
-  void upload_tables();
+  void upload_tables(const SgdWork& work);
   void collect_each(const SgdWork& work);
   DeviceNumber number(const at::Tensor& tensor, double value) const;
   SgdJob job(const SgdWork& work, const SgdScalars& scalars) const;
   void launch(SgdPass pass, const SgdJob& job, const char* operation);
+  void shrink(const SgdWork& work);
   void gather(const std::vector<at::Tensor>& partials_of_all);
   at::Tensor allocate(size_t bytes) const;
   void replace(at::Tensor& old, at::Tensor by);
@@ -54,6 +56,8 @@ class SgdOnCuda : public SgdAsyncDevice {
   std::vector<Chunk> chunks_;
   std::vector<SgdDeviceTensor> table_;  // as uploaded
   std::vector<uint64_t> each_;          // groups and gradients of this step
+  std::vector<DeviceNumber> lr_;        // of each group
+  std::vector<int32_t> sliced_;         // rows that have a group lasso
   std::vector<double> measured_;        // partials, where the host judges
   int32_t span_ = 1, span_count_ = 0;
   double numel_ = 0;  // of the tensors that this step updates
@@ -66,6 +70,7 @@ class SgdOnCuda : public SgdAsyncDevice {
   at::Tensor gathered_;  // partials of all devices, where there are several
   at::Tensor sums_;      // two doubles for each span
   at::Tensor record_;
+  SlicesOnCuda slices_;
   at::Tensor far_each_;  // each_, where it does not fit the arguments
   // Numbers in other types or on another device than the kernels read, for one step.
   mutable std::vector<at::Tensor> converted_;

@@ -44,6 +44,10 @@ struct SgdGrad {
   REGFUSED_RULE void* grad() const { return tagged - first(); }
 };
 
+// Behind the numbers of an SgdRecord: whether the last step was skipped, for kernels that follow.
+constexpr int kStepSkipped = kRecordSize;
+constexpr int kDeviceRecordSize = kRecordSize + 1;
+
 // One step over the tensors of one device. Pointers are to the memory of the device.
 //
 // Chunks are dealt out in spans of `span` consecutive ones. A span is worked on by one block and
@@ -60,7 +64,7 @@ struct SgdJob {
   const double* gathered = nullptr;  // partials of all devices; null: the step needs no norm, or the host has judged it
   int32_t gathered_count = 0;
   double* sums = nullptr;    // penalty, then exact zeros, one of each for each span
-  double* record = nullptr;  // SgdRecord
+  double* record = nullptr;  // kDeviceRecordSize
 
   // SgdDeviceGroup[group_count], then an SgdGrad for each tensor. Null: they stand behind the job, in the arguments.
   const unsigned char* each = nullptr;

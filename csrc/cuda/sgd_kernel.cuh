@@ -24,6 +24,7 @@ struct SgdStepRules {
   SgdRule<T> rule;
   ElasticNetValue<T> penalty;
   bool has_penalty;
+  bool counts_zeros;  // or the group lasso does, which comes after
 };
 
 // The parts of a job that may differ in each step.
@@ -158,6 +159,7 @@ __device__ __forceinline__ void write_record(const SgdJob& job, const SgdVerdict
     job.record[kGradNorm] = norm;
     job.record[kClipCoef] = verdict.skip ? 0 : verdict.clip_coef;
   }
+  job.record[kStepSkipped] = verdict.skip;
   if (!verdict.skip) job.record[kNumel] = job.numel;
   if (verdict.skip && job.counts_skips) job.record[kSkipped] += 1;
 }
@@ -248,7 +250,8 @@ __device__ __forceinline__ void sgd_step(const SgdJob& job, const SgdEach& each)
           const SgdHyper hyper = each.groups[place.tensor.group].read();
           return SgdStepRules<T>{SgdGradient<T>(hyper, job.grad_scale.get()),
                                  SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
-                                 ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0};
+                                 ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0,
+                                 hyper.group_l1 == 0};
         });
         const SgdSums<T> sums =
             place.tensor.momentum_buffer ? step_share<S, true>(place, rules) : step_share<S, false>(place, rules);
@@ -257,7 +260,7 @@ __device__ __forceinline__ void sgd_step(const SgdJob& job, const SgdEach& each)
           unscale_share<S>(place, rules.gradient);
         }
         penalty += sums.penalty;
-        zeros += sums.zeros;
+        if (rules.counts_zeros) zeros += sums.zeros;
       });
     }
     const auto add = [](double a, double b) { return a + b; };

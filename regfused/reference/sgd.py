@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd as sgd_for_loop
 
 from regfused import options
+from regfused.reference.slices import slice_norms
 from regfused.stats import Record, Stats, stats_of
 
 Group = dict[str, Any]
@@ -150,6 +151,18 @@ def _update_dense(entry: Entry, state: State, clip_coef: Tensor | float | None) 
         shrunk = torch.clamp(torch.abs(new) - lr * group["l1"], min=0)
         new = torch.sgn(new) * shrunk / (1 + 2 * lr * group["l2"])
     param.copy_(new)
+    if _is_on(group["group_l1"]) and _is_on(lr):
+        _shrink_groups(param, lr * group["group_l1"], group["group_dim"])
+
+
+def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> None:
+    """w = w * max(1 - threshold/||w||, 0) for each slice w of the stored parameter; a NaN norm stays NaN."""
+    if float(threshold) == 0 or param.numel() == 0:
+        return
+    norms = slice_norms(param, dim)
+    # A quotient of equal numbers is 1: where the norm is below the threshold the factor is exactly 0.
+    factors = 1 - threshold / torch.clamp(norms, min=threshold)
+    param.copy_(_arithmetic(param) * factors.to(_arithmetic(param).real.dtype))
 
 
 def _update_sparse(entry: Entry, state: State) -> None:
@@ -232,6 +245,8 @@ class SGD(torch.optim.SGD):
         l1: float = 0.0,
         l2: float = 0.0,
         proximal: bool = False,
+        group_l1: float = 0.0,
+        group_dim: int = 0,
         max_norm: float | None = None,
         norm_type: float = 2.0,
         penalty_in_clip: bool = True,
@@ -252,6 +267,8 @@ class SGD(torch.optim.SGD):
             "l1": l1,
             "l2": l2,
             "proximal": proximal,
+            "group_l1": group_l1,
+            "group_dim": group_dim,
             "max_norm": max_norm,
             "norm_type": norm_type,
             "penalty_in_clip": penalty_in_clip,

@@ -5,6 +5,7 @@
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
 #include "cuda/sgd_drive.h"
+#include "cuda/slice_drive.h"
 #include "cuda/stream.h"
 #include "devices.h"
 
@@ -29,6 +30,9 @@ std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
   return std::make_unique<ForeachOnCuda>(device);
 }
 void run_dropout(const DropoutJob& job, c10::Device device) { dropout_on_cuda(job, device); }
+void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors) {
+  shrink_slices_on_cuda(device, tensors);
+}
 
 std::string cuda_built() { return "emulated"; }
 

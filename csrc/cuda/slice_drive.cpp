@@ -1,0 +1,123 @@
+// Shrinks slices of tensors by their norms on a CUDA device.
+#include "slice_drive.h"
+
+#include <algorithm>
+#include <array>
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "stream.h"
+
+namespace regfused {
+
+namespace {
+
+// Elements of a segment: enough accesses for each lane of a warp to hide their latency. Long runs have longer
+// ones, as their partial sums are added up by one block of threads.
+constexpr int64_t kSegment = 1024, kLargestSegment = 4096, kSegmentsOfRun = 1024;
+
+// Rows of a tile, by the size of the tensor alone, not by the card: enough tiles to fill a large one, and not
+// more partial sums than they need.
+constexpr int64_t kTileRows = 16, kMostTileRows = 128, kTiles = 4096;
+
+// Repetitions of all slices in a row are a multiple of this: so rows begin at multiples of 16 bytes.
+constexpr int64_t kAligned = 8;
+
+int64_t segment_for(int64_t inner) {
+  int64_t size = kSegment;
+  while (size < kLargestSegment && inner / size > kSegmentsOfRun) size *= 2;
+  return size;
+}
+
+SliceColumns columns_for(const SliceLayout& layout, DType dtype) {
+  int64_t rows = kTileRows;
+  SliceColumns columns(layout, slice_width(dtype), rows, kAligned);
+  for (; rows < kMostTileRows && columns.pieces() > kTiles; rows *= 2)
+    columns = SliceColumns(layout, slice_width(dtype), rows * 2, kAligned);
+  return columns;
+}
+
+int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+}  // namespace
+
+void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors, bool counts) {
+  tensors_.clear();
+  doubles_ = false;
+  // Where each tensor's part of the memory begins: partial sums, factors; and zeros, behind all of those.
+  std::vector<std::array<int64_t, 3>> begins;
+  int64_t used = 0, zeros = 0;
+  for (const SliceTensor& tensor : tensors) {
+    SliceDeviceTensor here{};
+    here.dtype = tensor.dtype;
+    here.rule = tensor.rule;
+    here.by_segments = tensor.layout.inner >= kLongRunOnCuda;
+    if (here.by_segments)
+      here.segments = SliceSegments(tensor.layout, segment_for(tensor.layout.inner));
+    else
+      here.columns = columns_for(tensor.layout, tensor.dtype);
+    begins.push_back({used, 0, zeros});
+    used += here.by_segments ? here.segments.partials() : here.columns.partials();
+    begins.back()[1] = used;
+    used += tensor.layout.count;
+    zeros += here.by_segments ? here.segments.pieces() : here.columns.pieces();
+    doubles_ |= tensor.dtype == DType::float64;
+    tensors_.push_back(here);
+  }
+  zeros_begin_ = used;
+  const auto options = at::TensorOptions().device(memory_of(device_)).dtype(at::kDouble);
+  memory_ = at::empty({used + (counts ? zeros : 0)}, options);
+  if (counts) memory_.narrow(0, used, zeros).zero_();
+  auto* memory = static_cast<double*>(memory_.data_ptr());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors_[i].partials = memory + begins[i][0];
+    tensors_[i].factors = memory + begins[i][1];
+    tensors_[i].zeros = counts ? memory + used + begins[i][2] : nullptr;
+    set(i, tensors[i].data, tensors[i].bound, {1, nullptr, false});
+  }
+}
+
+void SlicesOnCuda::set(size_t i, void* data, double bound, const DeviceNumber& scale) {
+  tensors_[i].data = data;
+  tensors_[i].bound = bound;
+  tensors_[i].scale = scale;
+}
+
+void SlicesOnCuda::shrink(const double* skip) {
+  const size_t most = slice_tensors_of_launch();
+  for (size_t begin = 0; begin < tensors_.size(); begin += most) {
+    SliceJob job;
+    job.skip = skip;
+    job.tensor_count = static_cast<int32_t>(std::min(most, tensors_.size() - begin));
+    SliceDeviceTensor* tensors = tensors_.data() + begin;
+    for (int32_t t = 0; t < job.tensor_count; ++t) {
+      SliceDeviceTensor& tensor = tensors[t];
+      tensor.first_piece = job.pieces;
+      tensor.first_judge = job.judges;
+      job.pieces +=
+          tensor.by_segments ? divided_up(tensor.segments.pieces(), kSegmentsOfBlock) : tensor.columns.pieces();
+      const int64_t terms = tensor.by_segments ? tensor.segments.terms() : tensor.columns.terms();
+      const int64_t count = tensor.by_segments ? tensor.segments.layout.count : tensor.columns.layout.count;
+      job.judges += terms >= kManyTerms ? count : divided_up(count, kThreads);
+    }
+    const cudaStream_t stream = current_stream(device_);
+    check_cuda(launch_slices(SlicePass::measure, job, tensors, doubles_, stream), "launch the measuring of slices");
+    check_cuda(launch_slices(SlicePass::judge, job, tensors, doubles_, stream), "launch the judging of slices");
+    check_cuda(launch_slices(SlicePass::scale, job, tensors, doubles_, stream), "launch the scaling of slices");
+  }
+}
+
+at::Tensor SlicesOnCuda::zeros() const { return memory_.narrow(0, zeros_begin_, memory_.numel() - zeros_begin_); }
+
+void shrink_slices_on_cuda(c10::Device device, const std::vector<SliceTensor>& tensors) {
+  const c10::DeviceGuard guard(memory_of(device));
+  std::vector<SliceTensor> live;
+  for (const SliceTensor& tensor : tensors)
+    if (!tensor.is_passed_by()) live.push_back(tensor);
+  SlicesOnCuda slices(device);
+  slices.plan(live, /*counts=*/false);
+  slices.shrink(nullptr);
+}
+
+}  // namespace regfused

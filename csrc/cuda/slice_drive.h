@@ -1,0 +1,43 @@
+// Shrinks slices of tensors by their norms on a CUDA device.
+#pragma once
+
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "slice_launch.h"
+
+namespace regfused {
+
+// Three launches for as many tensors as fit the arguments of a kernel (more than a hundred). What is
+// needed beside the tensors is one piece of memory, allocated by plan(): later calls can be captured in a
+// CUDA graph.
+class SlicesOnCuda {
+ public:
+  explicit SlicesOnCuda(c10::Device device) : device_(device) {}
+
+  // For tensors of these shapes and rules. `counts`: whether exact zeros are counted.
+  void plan(const std::vector<SliceTensor>& tensors, bool counts);
+  // The same tensor in another place, null to pass it by, and its bound, as a product.
+  void set(size_t i, void* data, double bound, const DeviceNumber& scale);
+  // On the current stream. `skip`: null, or a number on the device, other than 0 where nothing is to be done.
+  void shrink(const double* skip);
+
+  bool empty() const { return tensors_.empty(); }
+  // Exact zeros after the last shrink() that was not skipped, each as part of a sum.
+  at::Tensor zeros() const;
+  // What the kernels use: undefined, or it must outlive them.
+  const at::Tensor& memory() const { return memory_; }
+
+ private:
+  c10::Device device_;
+  std::vector<SliceDeviceTensor> tensors_;
+  bool doubles_ = false;
+  at::Tensor memory_;  // of doubles: partial sums, factors, zeros
+  int64_t zeros_begin_ = 0;
+};
+
+// Once, on the current stream.
+void shrink_slices_on_cuda(c10::Device device, const std::vector<SliceTensor>& tensors);
+
+}  // namespace regfused

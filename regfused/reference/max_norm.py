@@ -1,0 +1,61 @@
+"""Max norm constraints, in torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regfused import options
+from regfused.reference.slices import slice_norms
+
+OPERATION = "constrain_max_norm_"
+
+
+@torch.no_grad()
+def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim: int | None = None) -> None:
+    """The twin of `regfused.constrain_max_norm_` in torch operations: same signature, same result.
+
+    Takes what the kernels do not: complex and non-dense tensors, tensor subclasses such as DTensor, tensors that share
+    memory (one after the other).
+    """
+    tensors, radius = check(params, max_norm, dim)
+    for tensor in tensors:
+        constrain(tensor, radius, dim)
+
+
+def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[list[Tensor], float]:
+    """The tensors, each once, and max_norm as a number; raises for what is not as it must be."""
+    tensors = [params] if isinstance(params, Tensor) else list({id(param): param for param in params}.values())
+    radius = options.number(OPERATION, "max_norm", max_norm)
+    if not radius >= 0:
+        raise ValueError(f"{OPERATION}: max_norm must be >= 0, but got {max_norm}")
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+        raise ValueError(f"{OPERATION}: dim must be None or an int, but got {dim!r} ({type(dim).__name__})")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{OPERATION}: params must be tensors, but params[{i}] is a {type(tensor).__name__}")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(
+                f"{OPERATION}: params must be dense and have memory, but params[{i}] has layout {tensor.layout} "
+                f"on {tensor.device}"
+            )
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(
+                f"{OPERATION}: params must be floating point or complex, but params[{i}] is {tensor.dtype}"
+            )
+        if dim is not None:
+            options.check_dim(OPERATION, "dim", dim, tensor, f"params[{i}]")
+    return tensors, radius
+
+
+def constrain(tensor: Tensor, radius: float, dim: int | None) -> None:
+    """w = w * radius/||w|| where ||w|| > radius; a NaN is not above it."""
+    if tensor.numel() == 0:
+        return
+    norms = slice_norms(tensor, dim)
+    arithmetic = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    scaled = arithmetic * (radius / norms).to(arithmetic.real.dtype)
+    tensor.copy_(torch.where(norms > radius, scaled, arithmetic))
