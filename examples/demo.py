@@ -1,4 +1,4 @@
-"""Trains a small network five ways, by the usual loop and by one line of regfused, and shows that both agree."""
+"""Trains a small network in several ways, by the usual loop and with regfused, and shows that both agree."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ from training import (
 )
 
 
-def five_settings(l1: float, l2: float, momentum: float) -> list[Setting]:
+def seven_settings(l1: float, l2: float, dropout: float, momentum: float) -> list[Setting]:
+    proximal_l1 = in_proximal_step(l1, momentum)
     return [
         Setting("no penalty"),
         Setting("L1", l1=l1),
         Setting("L2", l2=l2),
         Setting("elastic net", l1=l1, l2=l2),
-        Setting("proximal L1", l1=in_proximal_step(l1, momentum), proximal=True),
+        Setting("proximal L1", l1=proximal_l1, proximal=True),
+        # As much as L1 where a row has 64 elements of one size.
+        Setting("group lasso", group_l1=8 * proximal_l1),
+        Setting("dropout", dropout=dropout),
     ]
 
 
@@ -65,6 +69,7 @@ def main(
     momentum: Annotated[float, typer.Option(min=0, max=0.999)] = Recipe.momentum,
     l1: Annotated[float, typer.Option(min=0, help="Strength of sum|p|.")] = 5e-4,
     l2: Annotated[float, typer.Option(min=0, help="Strength of sum(p^2).")] = 5e-4,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="Probability of a hidden unit to be dropped.")] = 0.2,
     max_norm: Annotated[float, typer.Option(min=0, help="Clip the gradient's global norm to it.")] = Recipe.max_norm,
     seed: Annotated[int, typer.Option(help="Of the split, the initial weights and the batches.")] = Recipe.seed,
     quick: Annotated[bool, typer.Option("--quick", help="At most 3 epochs and a coarse path: a few seconds.")] = False,
@@ -81,7 +86,7 @@ def main(
     recipe = Recipe(min(epochs, 3) if quick else epochs, batch_size, lr, momentum, max_norm, seed)
     console.print(introduction(task, recipe), highlight=False, markup=False, soft_wrap=True)
     results, in_float64, path = train_all(
-        task, recipe, five_settings(l1, l2, momentum), (5, 100) if quick else (17, 500), console
+        task, recipe, seven_settings(l1, l2, dropout, momentum), (5, 100) if quick else (17, 500), console
     )
     if not all(weights.isfinite().all() for result in results for weights in result.weights.values()):
         console.print(f"Training diverged: weights are not finite. lr={lr:g} is too large for this data.", style="red")

@@ -19,7 +19,8 @@ def introduction(task: Task, recipe: Recipe) -> str:
     return (
         f"\n{task.description}.\n"
         "A small network is trained twice from the same start on the same batches: by the usual loop (penalty in\n"
-        "the loss, clip_grad_norm_, torch.optim.SGD) and by regfused.SGD alone, with the same options:\n"
+        "the loss, clip_grad_norm_, torch.optim.SGD, torch.nn.Dropout) and by regfused.SGD alone (and\n"
+        "regfused.Dropout), with the same options:\n"
         f"epochs={recipe.epochs} batch_size={recipe.batch_size} lr={recipe.lr:g} momentum={recipe.momentum:g} "
         f"max_norm={recipe.max_norm:g} seed={recipe.seed}\n"
     )
@@ -47,7 +48,9 @@ def results_table(task: Task, results: list[Result], in_float64: list[Result]) -
             "\n".join(f"{result.median_us(who):.0f}" for who in ("loop", "regfused")),
             f"\n{result.median_us('loop') / result.median_us('regfused'):.2f} x",
             "\n".join(f"{result.replaced_us(who):.0f}" for who in ("loop", "regfused")),
-            f"float32 {result.largest_difference:.0e}\nfloat64 {precise.largest_difference:.0e}",
+            "other\nmasks"
+            if result.setting.dropout
+            else f"float32 {result.largest_difference:.0e}\nfloat64 {precise.largest_difference:.0e}",
         )
     return table
 
@@ -56,16 +59,18 @@ def explanation(recipe: Recipe, l1: float, steps: int) -> str:
     jump = 2 * recipe.lr * l1 / (1 - recipe.momentum)
     return (
         f"\nTimes: medians of {steps} steps in float32 on one thread of this machine, interleaved batch by batch.\n"
-        "Penalty, clip, update: the step less forward and backward alone, which take a turn on each batch too.\n"
+        "Penalty, clip, update: the step less forward and backward alone, which take a turn on each batch too,\n"
+        "without dropout.\n"
         "\nDifferences are rounding: expect about 1e-6 in float32, 1e-15 in float64. With L1 in the loss, float32 can\n"
         "reach 1e-3 and more: the penalty's gradient jumps at zero, so rounding can decide on which side a weight is.\n"
         f"One such jump moves it by up to 2*lr*l1/(1 - momentum) = {jump:.0e}, and later batches carry it to others.\n"
-        "\nProximal L1 runs at l1/(1 - momentum), the same penalty: its shrinkage is outside the momentum.\n"
+        "\nProximal L1 runs at l1/(1 - momentum), the same penalty: its shrinkage is outside the momentum. The group\n"
+        "lasso shrinks rows, and zeroes whole ones. Dropout: torch and regfused draw different masks from one seed.\n"
     )
 
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision.
-COLOURS = ["#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73"]
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9"]
 LOOP, FUSED = "#999999", "#0072B2"
 
 
@@ -92,7 +97,7 @@ def draw_path(ax: plt.Axes, path: list[tuple[float, torch.Tensor]]) -> None:
 def draw_histograms(ax: plt.Axes, results: list[Result]) -> None:
     largest = max(result.weights["regfused"].abs().max().item() for result in results)
     # Thinner from line to line: where distributions coincide, those below still show.
-    for result, colour, width in zip(results, COLOURS, (3.5, 3.0, 2.2, 1.6, 1.0), strict=True):
+    for result, colour, width in zip(results, COLOURS, (3.5, 3.0, 2.5, 2.0, 1.6, 1.3, 1.0), strict=True):
         weights = result.weights["regfused"].numpy()
         label = f"{result.setting.name}: {result.zeros('regfused'):.1f} % exact zeros"
         ax.hist(

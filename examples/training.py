@@ -28,6 +28,8 @@ class Setting:
     l1: float = 0.0
     l2: float = 0.0
     proximal: bool = False
+    group_l1: float = 0.0  # on the rows of each parameter
+    dropout: float = 0.0  # of the hidden units
 
 
 def loop_step(model, optimizer, loss_fn, inputs, targets, *, l1: float, l2: float, max_norm: float) -> None:
@@ -53,6 +55,21 @@ def proximal_loop_step(model, optimizer, loss_fn, inputs, targets, *, lr: float,
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.sign() * (p.abs() - lr * l1).clamp(min=0))
+
+
+def group_lasso_loop_step(
+    model, optimizer, loss_fn, inputs, targets, *, lr: float, group_l1: float, max_norm: float
+) -> None:
+    """The same for a group lasso: after the step each row moves towards zero by lr*group_l1 and stops there."""
+    loss = loss_fn(model(inputs), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            rows = p.view(len(p), -1)
+            rows.mul_((1 - lr * group_l1 / rows.norm(dim=1, keepdim=True)).clamp(min=0))
 
 
 def regfused_step(model, optimizer, loss_fn, inputs, targets) -> None:
@@ -185,10 +202,15 @@ class Result:
         return median(step - bare for step, bare in zip(self.step_us[who], self.step_us["bare"], strict=True))
 
 
-def build_mlp(task: Task, seed: int) -> nn.Module:
+def build_mlp(task: Task, seed: int, dropout: nn.Module) -> nn.Module:
     torch.manual_seed(seed)
     features = task.train.tensors[0].shape[1]
-    return nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, task.outputs))
+    return nn.Sequential(nn.Linear(features, 64), nn.ReLU(), dropout, nn.Linear(64, task.outputs))
+
+
+# The layer that each side has where the setting asks for dropout. Forward and backward alone have none: what it takes
+# shows beside penalty, clip and update.
+DROPOUT: dict[str, type[nn.Dropout]] = {"loop": nn.Dropout, "regfused": regfused.Dropout}
 
 
 def training_steps(
@@ -201,11 +223,20 @@ def training_steps(
 
     torch_sgd = torch.optim.SGD(loop.parameters(), lr=lr, momentum=momentum)
     regfused_sgd = regfused.SGD(
-        fused.parameters(), lr=lr, momentum=momentum, l1=l1, l2=l2, proximal=proximal, max_norm=max_norm
+        fused.parameters(),
+        lr=lr,
+        momentum=momentum,
+        l1=l1,
+        l2=l2,
+        proximal=proximal,
+        group_l1=setting.group_l1,
+        max_norm=max_norm,
     )
     never_stepped = torch.optim.SGD(bare.parameters(), lr=lr)
 
-    if proximal:
+    if setting.group_l1:
+        loop_kind = partial(group_lasso_loop_step, lr=lr, group_l1=setting.group_l1, max_norm=max_norm)
+    elif proximal:
         loop_kind = partial(proximal_loop_step, lr=lr, l1=l1, max_norm=max_norm)
     else:
         loop_kind = partial(loop_step, l1=l1, l2=l2, max_norm=max_norm)
@@ -220,7 +251,11 @@ def train_both(
     task: Task, setting: Setting, recipe: Recipe, dtype: torch.dtype, after_epoch: Callable[[], None] = lambda: None
 ) -> Result:
     """Trains the two side by side, batch by batch and taking turns in going first: noise of the machine hits both."""
-    models = {who: build_mlp(task, recipe.seed).to(dtype) for who in ("loop", "regfused", "bare")}
+    models = {}
+    for who in ("loop", "regfused", "bare"):
+        drops = setting.dropout and who in DROPOUT
+        layer = DROPOUT[who](setting.dropout) if drops else nn.Identity()
+        models[who] = build_mlp(task, recipe.seed, layer).to(dtype)
     steps = training_steps(models, task.loss_fn, setting, recipe)
     data = TensorDataset(*(t.to(dtype) if t.is_floating_point() else t for t in task.train.tensors))
     shuffle = torch.Generator().manual_seed(recipe.seed)
@@ -231,6 +266,7 @@ def train_both(
     for _ in range(recipe.epochs):
         for inputs, targets in batches:
             for who in order:
+                torch.manual_seed(len(result.step_us[who]))  # dropout draws from the same state on both sides
                 start = time.perf_counter()
                 steps[who](inputs, targets)
                 result.step_us[who].append(1e6 * (time.perf_counter() - start))
@@ -239,7 +275,7 @@ def train_both(
     for who in ("loop", "regfused"):
         result.weights[who] = nn.utils.parameters_to_vector(models[who].parameters()).detach()
         with torch.no_grad():
-            result.score[who] = task.score(models[who].float())
+            result.score[who] = task.score(models[who].float().eval())
     return result
 
 

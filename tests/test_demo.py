@@ -61,7 +61,16 @@ def test_runs(source, tmp_path):
     data = [] if source == "digits" else ["--data", write_regression(tmp_path / "prices.csv", header=True)]
     done = run_demo("--quick", "--out", out, *data)
     assert done.returncode == 0, done.stderr
-    for text in ("no penalty", "L1", "L2", "elastic net", "proximal L1", "accuracy" if not data else "price"):
+    for text in (
+        "no penalty",
+        "L1",
+        "L2",
+        "elastic net",
+        "proximal L1",
+        "group lasso",
+        "dropout",
+        "accuracy" if not data else "price",
+    ):
         assert text in done.stdout
     assert "…" not in done.stdout, "a cell of the table is cut off at 80 columns"
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -76,10 +85,12 @@ def task(request, demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["digits", "csv"], indirect=True)
-@pytest.mark.parametrize("index", range(5))
-def test_loop_and_regfused_agree(demo, task, index):
+@pytest.mark.parametrize("index", range(7))
+def test_loop_and_regfused_agree(demo, task, index, monkeypatch):
     recipe = demo.Recipe(epochs=3)
-    setting = demo.five_settings(1e-3, 1e-3, recipe.momentum)[index]
+    setting = demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)[index]
+    # Whose masks are those of regfused.Dropout.
+    monkeypatch.setitem(importlib.import_module("training").DROPOUT, "loop", regfused.reference.Dropout)
     # float64: what remains is rounding of 1e-16 a step, and a wrong formula shows. float32: the same times 1e9, and
     # with L1 in the loss a weight at zero whose sign rounding decides is off by up to 2*lr*l1/(1 - momentum) = 1e-3.
     in_float64 = demo.train_both(task, setting, recipe, torch.float64)
@@ -91,14 +102,15 @@ def test_loop_and_regfused_agree(demo, task, index):
 
 
 @pytest.mark.parametrize("task", ["digits"], indirect=True)
-def test_only_the_proximal_step_makes_zeros(demo, task):
+def test_only_proximal_steps_make_zeros(demo, task):
     recipe = demo.Recipe(epochs=8)
     zeros = {
         setting.name: demo.train_both(task, setting, recipe, torch.float32).zeros("regfused")
-        for setting in demo.five_settings(1e-3, 1e-3, recipe.momentum)
-        if setting.l1
+        for setting in demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)
+        if setting.l1 or setting.group_l1
     }
     assert zeros["proximal L1"] > 20
+    assert zeros["group lasso"] > 1
     assert zeros["L1"] < 1
     assert zeros["elastic net"] < 1
 
