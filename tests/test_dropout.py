@@ -239,7 +239,7 @@ def test_gradients_of_other_strides_meet_the_mask_of_the_output(strides, grad):
 
 @pytest.mark.parametrize("function", [dropout_op, by_seed], ids=["kernels", "reference"])
 def test_gradcheck(function):
-    x = torch.randn(3, 30, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     call = lambda x: function(x, 0.4, seed_of(1)) ** 2  # noqa: E731
     assert torch.autograd.gradcheck(call, (x,))
     assert torch.autograd.gradgradcheck(call, (x,))
@@ -307,6 +307,7 @@ def test_in_place(module):
     for wrong in (leaf, leaf[1:]):
         with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
             module.dropout(wrong, inplace=True)
+    assert (leaf == 1).all() and leaf._version == 0
     with torch.no_grad():
         assert module.dropout(leaf, inplace=True) is leaf and leaf._version == 1
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
@@ -469,6 +470,7 @@ def test_autocast():
 # --- Compiled -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(EMULATED, reason="it takes long, and what it looks at is in no kernel")
 def test_opcheck():
     for x in (torch.randn(70), torch.randn(5, 7, requires_grad=True), torch.randn(6, 4).t(), torch.randn(6, 4)[:, ::2]):
         torch.library.opcheck(dropout_op.default, (x, 0.3, seed_of(1)))
