@@ -1,14 +1,14 @@
 // The doors to dropout: torch.ops.regfused.dropout, and a shorter way for eager training.
 #include "dropout_ops.h"
 
+#include <limits>
 #include <utility>
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/_fw_primal.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/randint.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -144,10 +144,10 @@ void dropout_autograd_(Tensor& input, double p, const Tensor& seed) {
 // --- Eager ----------------------------------------------------------------------------------------
 
 std::optional<Tensor> dropout_eagerly(const Tensor& input, double p, bool inplace) {
-  if (!why_no_kernels(input).empty() || at::functorch::functorchTLSAccessor() ||
-      torch::autograd::isFwGradDefined(input))
-    return std::nullopt;
-  const Tensor seed = at::empty({}, input.options().dtype(at::kLong)).random_();
+  const bool in_transform = c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  if (in_transform || !why_no_kernels(input).empty() || torch::autograd::isFwGradDefined(input)) return std::nullopt;
+  // As torch.compile has it, which knows no random_(): the same seed in both.
+  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {}, input.options().dtype(at::kLong));
   if (!inplace) return call(input, p, seed);
   Tensor output = input;
   call_(output, p, seed);

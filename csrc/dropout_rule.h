@@ -55,10 +55,14 @@ struct DropoutRule {
   // Where the upper bits are these, the lower ones matter.
   REGFUSED_RULE uint16_t upper() const { return uint16_t(threshold >> 16); }
 
-  // V: of T. W: of unsigned integers as wide as T, with the bits of an element in each.
-  template <class V, class W>
-  REGFUSED_RULE V operator()(V x, W bits) const {
-    return x * (bits >= threshold ? splat<V>(scale) : V{});
+  // Whether the elements with these bits are kept, and what becomes of them. V: of T; W: of unsigned integers.
+  template <class W>
+  REGFUSED_RULE auto keeps(W bits) const {
+    return bits >= threshold;
+  }
+  template <class V, class Kept>
+  REGFUSED_RULE V operator()(V x, Kept kept) const {
+    return x * (kept ? splat<V>(scale) : V{});
   }
 };
 

@@ -27,7 +27,7 @@ void dropout_dtype(const DropoutJob& job, const Chunk& chunk) {
       prefetch(input);
       for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
         constexpr int kPosition = half.value * kVectors + position.value;
-        store(output + at, rule(load(input + at), random.template at<S, kPosition>()));
+        store(output + at, rule(load(input + at), rule.keeps(random.template at<S, kPosition>())));
       });
       outputs.write_back(begin, n);
     };

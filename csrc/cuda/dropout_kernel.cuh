@@ -12,78 +12,96 @@ namespace regfused {
 template <class S>
 constexpr int kDropoutThreads = kDropoutRun / kPerAccess<S>;
 
-// The random bits of the elements that a thread has in a row: `first` is the first of its counters.
-template <class S>
-struct DropoutShare {
-  static constexpr int kRuns = kDropoutRow / kDropoutRun;
-  static constexpr int kCounters = kPerAccess<S> / 2;
-  uint32_t words[kCounters][4];
+constexpr int kDropoutRuns = kDropoutRow / kDropoutRun;  // in a row
 
-  __device__ __forceinline__ DropoutShare(int64_t first, uint64_t seed, DropoutStream stream) {
-#pragma unroll
-    for (int c = 0; c < kCounters; ++c) {
-      const PhiloxWords<uint64_t> random = dropout_words(uint64_t(first + c), seed, stream);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) words[c][w] = uint32_t(random.word[w]);
-    }
+// The random bits of the elements of one counter: two neighbours in every run of the row.
+struct DropoutBits {
+  uint32_t of[kDropoutRuns][2];
+
+  // `upper`: see DropoutRule.
+  __device__ __forceinline__ DropoutBits(int64_t counter, uint64_t seed, uint16_t upper) {
+    bool matter = false;
+    add(dropout_words(uint64_t(counter), seed, kUpperBits), [&](uint32_t& bits, uint32_t half) {
+      bits = half;
+      matter |= half >> 16 == upper;
+    });
+    if (matter)
+      add(dropout_words(uint64_t(counter), seed, kLowerBits),
+          [](uint32_t& bits, uint32_t half) { bits |= half >> 16; });
   }
-  __device__ __forceinline__ bool any_half_is(uint16_t half) const {
-    bool any = false;
+
+  template <class Add>
+  __device__ __forceinline__ void add(const PhiloxWords<uint64_t>& words, const Add& add) {
 #pragma unroll
-    for (int c = 0; c < kCounters; ++c)
+    for (int run = 0; run < kDropoutRuns; ++run)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) any |= (words[c][w] >> 16) == half || (words[c][w] & 0xffffu) == half;
-    return any;
-  }
-  // Of element j of the access in a run.
-  __device__ __forceinline__ uint32_t upper(int run, int j) const {
-    return dropout_half(words[j / 2][run / 2 * 2 + j % 2], run);
+      for (int j = 0; j < 2; ++j) add(of[run][j], dropout_half(uint32_t(words.word[run / 2 * 2 + j]), run));
   }
 };
 
-// One access in each run of a row. A row that is not `whole`, or that no access of 16 bytes fits, goes
-// element by element; of those, only the ones before `n` are there.
-template <class S>
+// A thread's accesses to a row, one in every run, as words of 32 bits. They are taken apart into elements
+// two at a time, those of one counter: elements of 16 bits would fill a register each.
 struct DropoutAccesses {
-  static constexpr int N = kPerAccess<S>;
-  static constexpr int kRuns = kDropoutRow / kDropoutRun;
-  Pack<S, N> packs[kRuns];
+  uint32_t words[kDropoutRuns][kAccessBytes / 4];
 
-  __device__ __forceinline__ void load(const S* from, bool wide, int64_t n) {
+  template <class S>
+  __device__ __forceinline__ void load(const S* from) {
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      const int at = run * kDropoutRun;
-      if (wide) {
-        packs[run].load(from + at);
-      } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-          if (at + j < n) packs[run].at[j] = from[at + j];
-      }
+    for (int run = 0; run < kDropoutRuns; ++run) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + run * kDropoutRun);
+      memcpy(words[run], &bits, sizeof bits);
     }
   }
-  __device__ __forceinline__ void store(S* to, bool wide, int64_t n) const {
+  template <class S>
+  __device__ __forceinline__ void store(S* to) const {
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      const int at = run * kDropoutRun;
-      if (wide) {
-        packs[run].store(to + at);
-      } else {
+    for (int run = 0; run < kDropoutRuns; ++run) {
+      uint4 bits;
+      memcpy(&bits, words[run], sizeof bits);
+      *reinterpret_cast<uint4*>(to + run * kDropoutRun) = bits;
+    }
+  }
+  // Works on the first pair of each run, and moves it behind the others. So a loop over the counters needs not
+  // be unrolled, which takes more than 64 registers, and yet no register has a name that varies.
+  template <class S>
+  __device__ __forceinline__ void apply(const DropoutRule<Arithmetic<S>>& rule, const DropoutBits& bits) {
+    constexpr int kWords = 2 * sizeof(S) / 4, kOthers = kAccessBytes / 4 - kWords;
 #pragma unroll
-        for (int j = 0; j < N; ++j)
-          if (at + j < n) to[at + j] = packs[run].at[j];
-      }
+    for (int run = 0; run < kDropoutRuns; ++run) {
+      S pair[2];
+      memcpy(pair, words[run], sizeof pair);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) narrow(rule(widen(pair[j]), rule.keeps(bits.of[run][j])), pair[j]);
+#pragma unroll
+      for (int w = 0; w < kOthers; ++w) words[run][w] = words[run][w + kWords];
+      memcpy(words[run] + kOthers, pair, sizeof pair);
     }
   }
 };
+
+// The same, element by element, of which `n` are there: for the last row, and where no access of 16 bytes fits.
+template <class S>
+__device__ __forceinline__ void drop_out_slowly(const S* input, S* output, int64_t n, int64_t first, uint64_t seed,
+                                                const DropoutRule<Arithmetic<S>>& rule) {
+#pragma unroll 1
+  for (int c = 0; c < kPerAccess<S> / 2; ++c) {
+    const DropoutBits bits(first + c, seed, rule.upper());
+#pragma unroll
+    for (int run = 0; run < kDropoutRuns; ++run)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int at = run * kDropoutRun + 2 * c + j;
+        if (at < n) narrow(rule(widen(input[at]), rule.keeps(bits.of[run][j])), output[at]);
+      }
+  }
+}
 
 template <class S>
 __device__ __forceinline__ void drop_out(const DropoutJob& job) {
-  using T = Arithmetic<S>;
-  constexpr int N = kPerAccess<S>, kRuns = kDropoutRow / kDropoutRun;
+  constexpr int N = kPerAccess<S>;
   const S* input = in_global_memory<const S>(const_cast<void*>(job.input));
   S* output = in_global_memory<S>(job.output);
-  const DropoutRule<T> rule(job.p);
+  const DropoutRule<Arithmetic<S>> rule(job.p);
   const uint64_t seed = uint64_t(*job.seed);
   const bool aligned =
       reinterpret_cast<uintptr_t>(input) % kAccessBytes == 0 && reinterpret_cast<uintptr_t>(output) % kAccessBytes == 0;
@@ -94,30 +112,16 @@ __device__ __forceinline__ void drop_out(const DropoutJob& job) {
     const int64_t row = share / kDropoutThreads<S>;
     const int place = int(share % kDropoutThreads<S>);
     const int64_t begin = row * kDropoutRow + place * N;
-    const int64_t n = job.numel - begin;
-    const bool wide = aligned && (row + 1) * kDropoutRow <= job.numel;
-    DropoutAccesses<S> x;
-    x.load(input + begin, wide, n);
-
     const int64_t first = row * kDropoutCounters + place * (N / 2);
-    const DropoutShare<S> upper(first, seed, kUpperBits);
-    uint32_t bits[kRuns][N];
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-#pragma unroll
-      for (int j = 0; j < N; ++j) bits[run][j] = upper.upper(run, j);
-    if (upper.any_half_is(rule.upper())) {
-      const DropoutShare<S> lower(first, seed, kLowerBits);
-#pragma unroll
-      for (int run = 0; run < kRuns; ++run)
-#pragma unroll
-        for (int j = 0; j < N; ++j) bits[run][j] |= lower.upper(run, j) >> 16;
+    if (!aligned || (row + 1) * kDropoutRow > job.numel) {
+      drop_out_slowly(input + begin, output + begin, job.numel - begin, first, seed, rule);
+      continue;
     }
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-#pragma unroll
-      for (int j = 0; j < N; ++j) narrow(rule(widen(x.packs[run].at[j]), bits[run][j]), x.packs[run].at[j]);
-    x.store(output + begin, wide, n);
+    DropoutAccesses x;
+    x.load(input + begin);
+#pragma unroll 1
+    for (int c = 0; c < N / 2; ++c) x.apply<S>(rule, DropoutBits(first + c, seed, rule.upper()));
+    x.store(output + begin);
   }
 }
 

@@ -54,7 +54,10 @@ def random_bits(first_row: int, rows: int, seed: Tensor) -> Tensor:
 
 
 def factor_like(input: Tensor, p: float, seed: Tensor) -> Tensor:
-    """0 with probability ``p``, otherwise ``1/(1 - p)``, in the type of arithmetic, laid out as ``empty_like(input)``."""
+    """0 with probability ``p``, otherwise ``1/(1 - p)``, laid out as ``empty_like(input)``, in the type of arithmetic.
+
+    ``p`` counts as the nearest multiple of 2^-32.
+    """
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     like = torch.empty_like(input, dtype=dtype, requires_grad=False)
     threshold = int(p * 2**32 + 0.5)
