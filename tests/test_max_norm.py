@@ -68,14 +68,16 @@ def check_every_dim_and_order(constrain, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SLICED_SHAPES, ids=str)
-def test_kernels_against_float64(shape, dtype, isa):
+def test_kernels_against_float64(shape, dtype, isa, threads):
+    threads(1)  # for the oracle, which is slow: below, any number of threads gives the same bits
     for tensor in check_every_dim_and_order(regfused.constrain_max_norm_, shape, dtype):
         assert extension.C.takes([tensor]) == [True]  # the kernels did it
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shape", SLICED_SHAPES, ids=str)
-def test_reference_against_float64(shape, dtype):
+def test_reference_against_float64(shape, dtype, threads):
+    threads(1)
     assert list(check_every_dim_and_order(reference.constrain_max_norm_, shape, dtype))
 
 
@@ -162,7 +164,7 @@ def test_against_torch_renorm(dim):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_threads_and_instruction_set(dtype, threads, monkeypatch):
-    shapes = ((700, 300), (3, 100_000), (50_000, 7), (200, 9, 130), (3, 5000, 17))
+    shapes = ((350, 300), (3, 50_000), (20_000, 7), (50, 9, 130), (3, 2000, 17))
     originals = [torch.randn(shape).to(dtype) for shape in shapes]
     cases = [(p, d) for p in originals for d in (None, *range(p.dim()))]
     baseline = None

@@ -159,10 +159,11 @@ def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> None:
     """w = w * max(1 - threshold/||w||, 0) for each slice w of the stored parameter; a NaN norm stays NaN."""
     if float(threshold) == 0 or param.numel() == 0:
         return
-    norms = slice_norms(param, dim)
+    # Where autograd runs through the step, what it saves must not change.
+    stored = param.clone() if torch.is_grad_enabled() else param
     # A quotient of equal numbers is 1: where the norm is below the threshold the factor is exactly 0.
-    factors = 1 - threshold / torch.clamp(norms, min=threshold)
-    param.copy_(_arithmetic(param) * factors.to(_arithmetic(param).real.dtype))
+    factors = 1 - threshold / torch.clamp(slice_norms(stored, dim), min=threshold)
+    param.copy_(_arithmetic(stored) * factors.to(_arithmetic(stored).real.dtype))
 
 
 def _update_sparse(entry: Entry, state: State) -> None:
