@@ -35,8 +35,8 @@ demo: build
 test: build
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	@echo "== tests of the step once more, on the CUDA kernels, emulated on the CPU under sanitizers"
-	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal tests/test_sgd_*.py
+	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
+	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
