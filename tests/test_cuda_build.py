@@ -100,8 +100,8 @@ def test_accesses_are_16_bytes_wide(file, tmp_path):
     assert len(kernels) == len(REGISTERS[file])
     counts = {}
     for kernel in kernels:
-        loads = re.findall(r"\bld\.global(?:\.nc)?\.v4\.[busf]32", kernel)
-        stores = re.findall(r"\bst\.global\.v4\.[busf]32", kernel)
+        loads = re.findall(r"\bld\.global(?:\.nc)?\.(?:v4\.[busf]32|v2\.[busf]64)", kernel)
+        stores = re.findall(r"\bst\.global\.(?:v4\.[busf]32|v2\.[busf]64)", kernel)
         counts[short(demangled(kernel.split("(", 1)[0]))] = len(loads), len(stores)
     for name, (loads, stores) in WIDE[file].items():
         assert counts[name][0] >= loads and counts[name][1] >= stores, (name, counts[name])
