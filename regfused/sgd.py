@@ -67,9 +67,9 @@ class SGD(reference.SGD):
             proximal map, with ``proximal`` or without, after everything else has been done to ``p`` and on ``p`` as it
             is stored. A slice whose L2 norm is not above ``lr*group_l1`` becomes exactly zero, the others keep their
             direction (Yuan and Lin, Model selection and estimation in regression with grouped variables, 2006). With
-            ``l1`` and ``proximal`` it is the sparse group lasso, elements first (Simon, Friedman, Hastie and Tibshirani,
-            A sparse-group lasso, 2013). All slices of a parameter have one size; who weighs groups by the square root
-            of theirs writes it into ``group_l1``. Momentum does not amplify it; a NaN makes its slice NaN; with
+            ``l1`` and ``proximal`` it is the sparse group lasso, elements first (Simon, Friedman, Hastie, Tibshirani, A
+            sparse-group lasso, 2013). All slices of a parameter have one size; who weighs groups by the square root of
+            theirs writes it into ``group_l1``. Momentum does not amplify it; a NaN makes its slice NaN; with
             ``lr = 0`` nothing moves. Not part of ``stats.penalty``. Per group.
         group_dim: dimension of the slices, negative from the back: 0 has the rows of a ``Linear`` weight (outputs) or
             the filters of a convolution, 1 the columns (inputs). Where ``group_l1`` is not 0, every parameter of the

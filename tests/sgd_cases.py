@@ -113,7 +113,7 @@ def make_params(sizes, dtype=torch.float32, generator=None) -> list[torch.nn.Par
 
 
 def memory_orders(dims: int) -> list[tuple[int, ...]]:
-    """Dimensions from the outermost in memory to the innermost: contiguous, transposed, channels last, and a mixture."""
+    """Dimensions from the outermost in memory to the innermost: contiguous, transposed, channels last, a mixture."""
     orders = {tuple(range(dims)), tuple(reversed(range(dims)))}
     if dims >= 4:
         orders |= {(0, *range(2, dims), 1), (*range(1, dims, 2), *range(0, dims, 2))}

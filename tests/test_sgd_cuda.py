@@ -34,7 +34,10 @@ def everything_of(optimizer, params):
 
 
 @emulated_only
-@pytest.mark.parametrize("options, launches", [({}, 1), ({"max_norm": 1.0}, 2), ({"nonfinite": "skip", "l1": 0.1}, 2)])
+@pytest.mark.parametrize(
+    "options, launches",
+    [({}, 1), ({"max_norm": 1.0}, 2), ({"nonfinite": "skip", "l1": 0.1}, 2), ({"max_norm": 1.0, "group_l1": 0.1}, 5)],
+)
 def test_launches_of_a_step(options, launches):
     params = [p for dtype in DTYPES for p in make_params([3, 70, 0, 5000], dtype)]
     groups = [{"params": params[:5], "lr": 0.1}, {"params": params[5:], "l2": 0.3}]
@@ -66,6 +69,25 @@ def test_same_bits_on_every_grid_and_in_every_order(dtype, monkeypatch):
     baseline = results.pop((1, "forward"))
     for how, result in results.items():
         assert all(torch.equal(a, b) for a, b in zip(result, baseline, strict=True)), how
+
+
+@emulated_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_have_the_same_bits_in_every_order(dtype, monkeypatch):
+    results = {}
+    for order in ("forward", "reverse", "random"):
+        monkeypatch.setenv("REGFUSED_EMULATED_ORDER", order)
+        torch.manual_seed(0)
+        params = make_params([(4, 300), (2, 5000), (300, 3), (1100, 2)], dtype)
+        optimizer = regfused.SGD(params, lr=0.1, group_l1=15.0)
+        for dim in (0, 1):
+            optimizer.param_groups[0]["group_dim"] = dim
+            give_grads(params)
+            optimizer.step()
+        regfused.constrain_max_norm_(params, 3.0, dim=0)
+        results[order] = bits([*params, optimizer.stats.zero_fraction])
+    for order in ("reverse", "random"):
+        assert all(torch.equal(a, b) for a, b in zip(results[order], results["forward"], strict=True)), order
 
 
 @pytest.mark.parametrize("count", (100, 600, 4200))
@@ -148,7 +170,9 @@ def test_norms_beyond_float32(norm_type, scale):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
-@pytest.mark.parametrize("options", ["plain", "elastic net in the clip", "proximal elastic net", "classical"])
+@pytest.mark.parametrize(
+    "options", ["plain", "elastic net in the clip", "proximal elastic net", "sparse group lasso", "classical"]
+)
 def test_lr_on_the_device(options, dtype):
     params = make_params([4099, 33])
     twins = copy_params(params)
@@ -234,7 +258,9 @@ def test_stats_are_on_the_device():
 # --- Graphs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", ["plain", "clip, norm inf", "elastic net in the clip", "proximal l1", "classical"])
+@pytest.mark.parametrize(
+    "options", ["plain", "clip, norm inf", "elastic net in the clip", "proximal l1", "group lasso", "classical"]
+)
 def test_graph_with_changing_lr_and_gradients(options):
     options = {k: v for k, v in OPTIONS[options].items() if k != "lr"}
     params = make_params([4099, 33, 5])
@@ -252,7 +278,8 @@ def test_graph_with_changing_lr_and_gradients(options):
     captured = Graph()
     with captured.capture():
         ours.step()
-    assert not EMULATED or captured.launches == (2 if options.get("max_norm") is not None else 1)
+    launches = (2 if options.get("max_norm") is not None else 1) + (3 if options.get("group_l1") else 0)
+    assert not EMULATED or captured.launches == launches
     for value in (0.1, 0.05, 0.5):
         lr.fill_(value)
         theirs.param_groups[0]["lr"] = value

@@ -122,29 +122,33 @@ __device__ __forceinline__ void for_each_column(const S* data, const SliceTile& 
     for (int c = int(threadIdx.x) * N; c < tile.columns; c += kThreads * N) f.template operator()<N>(c);
 }
 
-// N elements of a row, of which there may be fewer at the end of the tensor: then the others are as they were.
+// N elements of a row, of which there may be fewer left at the end of the tensor: then the others are as they were.
 template <class S, int N>
-__device__ __forceinline__ void load_some(Pack<S, N>& pack, const S* data, int64_t at, int64_t numel) {
-  if (at + N <= numel) return pack.load(data + at);
+__device__ __forceinline__ void load_some(Pack<S, N>& pack, const S* from, int64_t left) {
+  if (left >= N) return pack.load(from);
 #pragma unroll
   for (int j = 0; j < N; ++j)
-    if (at + j < numel) pack.at[j] = data[at + j];
+    if (j < left) pack.at[j] = from[j];
 }
 template <class S, int N>
-__device__ __forceinline__ void store_some(const Pack<S, N>& pack, S* data, int64_t at, int64_t numel) {
-  if (at + N <= numel) return pack.store(data + at);
+__device__ __forceinline__ void store_some(const Pack<S, N>& pack, S* to, int64_t left) {
+  if (left >= N) return pack.store(to);
 #pragma unroll
   for (int j = 0; j < N; ++j)
-    if (at + j < numel) data[at + j] = pack.at[j];
+    if (j < left) to[j] = pack.at[j];
 }
 
 // Of N columns, as many at a time as one access has. False where a sum in A is not to be trusted.
 template <class A, class S, int N>
 __device__ __forceinline__ bool column_squares(const S* data, const SliceTile& tile, int c, double* to) {
   A sums[N] = {};
-  for (int64_t r = 0; r < tile.rows; ++r) {
+  data += tile.begin + c;
+  int64_t left = tile.numel - tile.begin - c;
+  for (int r = 0; r < tile.rows && left > 0; ++r) {
     Pack<S, N> pack = {};
-    load_some(pack, data, tile.begin + r * tile.stride + c, tile.numel);
+    load_some(pack, data, left);
+    data += tile.stride;
+    left -= tile.stride;
 #pragma unroll
     for (int j = 0; j < N; ++j) sums[j] = norm_accumulate(NormType::two, sums[j], A(widen(pack.at[j])));
   }
@@ -189,25 +193,34 @@ __device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int6
     for_each_column(data, tile, [&]<int N>(int c) {
       T factors[N];
       bool changes = false;
+      int in_run = (tile.offset + c) % int(tile.inner);
+      int64_t slice = first_slice + (tile.offset + c) / int(tile.inner);
+      if (slice >= count) slice %= count;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const int64_t slice = first_slice + (tile.offset + c + j) / int(tile.inner);
-        factors[j] = T(tensor.factors[slice < count ? slice : slice % count]);
+        factors[j] = T(tensor.factors[slice]);
         changes |= factors[j] != 1;
+        if (++in_run == int(tile.inner)) {
+          in_run = 0;
+          if (++slice == count) slice = 0;
+        }
       }
       if (!changes && !tensor.zeros) return;
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t at = tile.begin + r * tile.stride + c;
-        Pack<S, N> pack;
-#pragma unroll
-        for (int j = 0; j < N; ++j) narrow(T(1), pack.at[j]);
-        load_some(pack, data, at, tile.numel);
+      S* row = data + tile.begin + c;
+      int64_t left = tile.numel - tile.begin - c;
+    // One row at a time: the registers are all in use.
+#pragma unroll 1
+      for (int r = 0; r < tile.rows && left > 0; ++r) {
+        Pack<S, N> pack = {};
+        load_some(pack, row, left);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           narrow(slice_scaled(widen(pack.at[j]), factors[j]), pack.at[j]);
-          zeros += at + j < tile.numel && widen(pack.at[j]) == 0;
+          zeros += j < left && widen(pack.at[j]) == 0;
         }
-        if (changes) store_some(pack, data, at, tile.numel);
+        if (changes) store_some(pack, row, left);
+        row += tile.stride;
+        left -= tile.stride;
       }
     });
   if (!tensor.zeros) return;
