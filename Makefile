@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 DATA   ?=
 OUT    ?= out
+RESULTS     ?= benchmarks/results
 GPU_PYTHON  ?= python3
 GPU_SECONDS ?= 460
 
@@ -23,9 +24,10 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build and run all tests"
-	@echo "make bench    measure against torch.optim; result files in benchmarks/results/"
+	@echo "make bench    measure the step, the penalty, clipping and dropout against torch, some seven minutes; targets at the"
+	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
-	@echo "              check memory accesses, measure; result files in benchmarks/results/; $(GPU_SECONDS) s at most"
+	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most"
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make clean    remove what was built and $(VENV)"
 
@@ -39,7 +41,12 @@ test: build
 	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal
 
 bench: build
-	$(BIN)/python -m benchmarks.bench_sgd --out benchmarks/results
+	@for piece in sgd penalty clip dropout; do \
+		echo "== $$piece"; \
+		$(BIN)/python -m benchmarks.bench_$$piece --out $(RESULTS); \
+	done
+	@echo "== targets of the building blocks"
+	@$(BIN)/python -m benchmarks.cpu_targets --out $(RESULTS)
 
 # Not in $(VENV): torch, CUDA and all else are those of the machine, which may have no network. Every stage runs, and the
 # files are written, whatever fails; the time that compiling took is taken from that of the stages.
@@ -49,7 +56,7 @@ gpu-check:
 	arch=$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_PYTHON) -c \
 		'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}; \
 	TORCH_CUDA_ARCH_LIST=$$arch REGFUSED_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace 2>&1 | $(SHORTER); \
-	$(GPU_PYTHON) -m benchmarks.gpu_check --out benchmarks/results \
+	$(GPU_PYTHON) -m benchmarks.gpu_check --out $(RESULTS) \
 		--seconds $$(($(GPU_SECONDS) + start - $$(date +%s)))
 
 build: $(VENV)/installed

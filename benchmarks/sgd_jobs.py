@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import regfused
+from benchmarks import job as jobs
+from benchmarks import models
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,23 @@ class Hyperparameters:
     max_norm: float | None
 
 
-Step = Callable[[], object]
+Step = jobs.Call
 Way = Callable[[list[Tensor], Hyperparameters], Step]
+
+# So small that the parameters keep their size over any number of steps; max_norm is below the norm of the gradients
+# that steps are timed with, so that the clip scales.
+TIMED = Hyperparameters(lr=1e-9, momentum=0.9, weight_decay=1e-4, l1=1e-5, l2=1e-5, max_norm=0.5 * models.GRAD_NORM)
 
 
 @dataclass(frozen=True)
-class Job:
-    name: str
-    title: str
-    # Reads and writes that no implementation can avoid, in elements per parameter: param, grad and momentum buffer
-    # read, param and buffer written; for the norm, the gradient (and with a penalty the parameter) once more.
-    elements_moved: int
+class Job(jobs.Job):
+    """``elements_moved``: param, grad and momentum buffer read, param and buffer written; for the norm, the gradient
+    (and with a penalty the parameter) once more.
+    """
+
+    ways: dict[str, Way]
     clips: bool
     penalizes: bool
-    ways: dict[str, Way]
 
     def of(self, hyperparameters: Hyperparameters) -> Hyperparameters:
         """The hyperparameters with what this job leaves out switched off."""
@@ -51,8 +56,15 @@ class Job:
             hyperparameters = replace(hyperparameters, l1=0.0, l2=0.0)
         return hyperparameters
 
-    def bytes_per_param(self, dtype: torch.dtype) -> int:
-        return self.elements_moved * dtype.itemsize
+    def setup(self, name: str, start: list[Tensor]) -> tuple[Step, list[Tensor]]:
+        """The step, after a first one: it allocates the momentum buffers, which are no extra memory."""
+        params = models.own_copy(start)
+        step = self.ways[name](params, self.of(TIMED))
+        step()
+        return step, params
+
+    def error(self, name: str, shapes: models.Shapes, dtype: torch.dtype, device: str = "cpu") -> float:
+        return error(self.ways[name], self, shapes, dtype, device=device)
 
 
 # --- The ways -------------------------------------------------------------------------------------
@@ -206,13 +218,9 @@ def checked_hyperparameters(numel: int) -> Hyperparameters:
 def error(way: Way, job: Job, shapes: list[list[int]], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> float:
     """The largest error of a parameter after some steps, relative to the largest parameter, against float64."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def normal() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
-
     # Farther from zero than the steps go: near zero, one rounding turns sign(p) over, and l1*sign(p) with it.
-    params = [p + p.sign() for p in normal()]
-    grads_of_steps = [normal() for _ in range(STEPS)]
+    params = [p + p.sign() for p in models.normal(shapes, dtype, device, generator)]
+    grads_of_steps = [models.normal(shapes, dtype, device, generator) for _ in range(STEPS)]
     h = job.of(checked_hyperparameters(sum(p.numel() for p in params)))
     exact = step_in_float64(params, grads_of_steps, h)
     for p in params:
@@ -224,8 +232,7 @@ def error(way: Way, job: Job, shapes: list[list[int]], dtype: torch.dtype, seed:
             assert p.grad is not None
             p.grad.copy_(grad)
         step()
-    largest = max(float(p.abs().max()) for p in exact)
-    return max(float((p.detach() - q).abs().max()) for p, q in zip(params, exact, strict=True)) / largest
+    return models.largest_error(params, exact)
 
 
 def step_in_float64(params: list[Tensor], grads_of_steps: list[list[Tensor]], h: Hyperparameters) -> list[Tensor]:
