@@ -29,8 +29,8 @@ SUBJECT = Subject(
     per="parameter",
     error="the largest of a gradient over the largest gradient or of the value over the value; of the optimizer, of a "
     "parameter over the largest parameter after some steps",
-    # Parameters and gradients; what autograd holds for the two lines, and the copies of the arms that make one vector.
-    copies=2 + 5,
+    # Parameters and gradients; those of each arm; the copies and temporaries of an arm that makes one vector.
+    copies=2 + max(len(PENALTY.ways), 2 * 3) + 5,
 )
 
 COLUMNS = {

@@ -106,7 +106,7 @@ NORMS: Mapping[str, Clip] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClipJob(Job):
     """``elements_moved``: the norm reads each gradient; a clip reads it again and writes it."""
 

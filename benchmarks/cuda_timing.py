@@ -1,4 +1,4 @@
-"""Times SGD steps on a GPU three ways at once: between events, until the call returns, and until the device is done."""
+"""Times steps and building blocks on a GPU three ways at once: between events, until the call returns, and until the device is done."""
 
 from __future__ import annotations
 
@@ -18,23 +18,16 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import harness, memory, report, sgd_jobs
-from benchmarks.bench_sgd import (
-    CHECKED_NUMEL,
-    TIMED,
-    checked_part,
-    numel_of,
-    own_copy,
-    random_params,
-    read_models,
-    reduced,
-    us,
-)
+from benchmarks import clip_jobs, dropout_jobs, harness, memory, penalty_jobs, report, sgd_jobs
+from benchmarks.arms import us
 from benchmarks.harness import Call
-from benchmarks.sgd_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, SEED_LOOP_FUSED, Job
+from benchmarks.job import Job
+from benchmarks.models import checked_part, numel_of, random_params, read_models, reduced
+from benchmarks.sgd_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, SEED_LOOP_FUSED
 
-# A few large tensors: what the step does where nothing but memory matters, and where nothing but launching does.
-FLAT = {"flat_400m": [[100_000_000]] * 4, "flat_1m": [[250_000]] * 4}
+# A few large tensors: what the step does where nothing but memory matters, and where nothing but launching does; and
+# what dropout is timed on.
+FLAT = {"flat_400m": [[100_000_000]] * 4, "flat_1m": [[250_000]] * 4, "2^20": [[2**20]], "2^26": [[2**26]]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In the order of what would be missed most, should the time run out.
 RUNS = [
@@ -50,6 +43,27 @@ RUNS = [
 REPLAYED = [("gpt2_124m", "float32"), ("many_small_1000x1k", "float32"), ("mlp_seed", "float32")]
 REPLAYED_WAYS = (OURS, CLIP_FUSED)
 CLOCKS = ("wall", "device", "host")
+
+# The building blocks, each with the peers that matter most on a GPU.
+PENALTY, CLIP, NORM, DROPOUT = penalty_jobs.PENALTY, clip_jobs.CLIP, clip_jobs.NORM, dropout_jobs.JOBS[0]
+BLOCKS = {
+    PENALTY: (
+        penalty_jobs.OURS,
+        penalty_jobs.BY_FOREACH,
+        penalty_jobs.TWO_LINES,
+        penalty_jobs.AUTOGRAD_ALONE,
+    ),
+    CLIP: (clip_jobs.OURS, clip_jobs.FOREACH),
+    NORM: (clip_jobs.OURS_NORM, clip_jobs.TORCH_NORM),
+    DROPOUT: (dropout_jobs.OURS, dropout_jobs.TORCH),
+}
+BLOCK_RUNS: list[tuple[str, tuple[Job, ...]]] = [
+    ("gpt2_124m", (CLIP, PENALTY, NORM)),
+    ("2^26", (DROPOUT,)),
+    ("many_small_1000x1k", (CLIP, PENALTY)),
+    ("2^20", (DROPOUT,)),
+    ("mlp_seed", (CLIP, PENALTY)),
+]
 
 MAX_CALLS = 200  # in a sample: two launches each leave the queue of launches (about 1000) unfilled
 CHECKED_TENSORS = 200
@@ -193,8 +207,7 @@ def run_job(
 ) -> dict[str, Any]:
     """What goes into the JSON file for one job on one model."""
     dtype = start[0].dtype
-    # Of tensors that are all too large, one of the size that is not.
-    checked = checked_part([list(p.shape) for p in start])[:CHECKED_TENSORS] or [[CHECKED_NUMEL]]
+    checked = checked_part([list(p.shape) for p in start])[:CHECKED_TENSORS]
     bytes_moved = job.bytes_per_param(dtype) * sum(p.numel() for p in start)
     arms: dict[str, dict[str, Any]] = {}
     contenders = []
@@ -202,9 +215,8 @@ def run_job(
         arms[name] = {}
         try:
             if not replay:
-                arms[name]["error"] = sgd_jobs.error(job.ways[name], job, checked, dtype, device=device)
-            step = job.ways[name](own_copy(start), job.of(TIMED))
-            step()  # allocates the momentum buffers, which are no extra memory
+                arms[name]["error"] = job.error(name, checked, dtype, device)
+            step, _ = job.setup(name, start)
             if not replay:
                 arms[name]["extra_kb"] = extra_kb(step, device)
             contenders.append(contender(name, replayed(step, device) if replay else step, device, pace))
@@ -229,6 +241,7 @@ def run_job(
             arms[c.name]["of_copy"] = arms[c.name]["gb_per_s"] / roofline["copy_"]
     return {
         "title": job.title,
+        "ours": job.ours,
         "bytes_per_param": job.bytes_per_param(dtype),
         "checked_numel": numel_of(checked),
         "roofline_gb_per_s": roofline,
@@ -240,14 +253,18 @@ def run_job(
 
 
 def tables(results: dict[str, Any]) -> list[report.Table]:
-    """The ratios of all models, then every arm of every model."""
-    return [*summaries(results), *(model_table(name, model) for name, model in results["models"].items())]
+    """The ratios of all models, then every arm of every model; then the building blocks alike."""
+    found = [*summaries(results), *(model_table(name, model) for name, model in results["models"].items())]
+    blocks = results.get("blocks", {})
+    if blocks:
+        found.append(blocks_summary(blocks))
+    return [*found, *(model_table(f"{name}, building blocks", model) for name, model in blocks.items())]
 
 
 def model_table(name: str, model: dict[str, Any]) -> report.Table:
     rows = []
     for job_name, job in model["jobs"].items():
-        ours = job["arms"].get(OURS, {})
+        ours = job["arms"].get(job["ours"], {})
         for arm_name, arm in job["arms"].items():
             rows.append([job_name, arm_name, *arm_cells(arm, ours)])
     columns = ["job", "arm", "wall us", "quartiles", "between events us", "host us", "GB/s", "of copy_"]
@@ -257,18 +274,18 @@ def model_table(name: str, model: dict[str, Any]) -> report.Table:
         for job in model["jobs"].values()
     ]
     note = (
-        f"Parameters, gradients and momentum buffers: {model['working_set_mib']:,.1f} MiB. {model['caches']} "
-        "Wall: many steps, then one synchronization. Host: the same steps without it, events and all. GB/s: the bytes "
+        f"{model['holds']}: {model['working_set_mib']:,.1f} MiB. {model['caches']} "
+        "Wall: many calls, then one synchronization. Host: the same calls without it, events and all. GB/s: the bytes "
         f"that the job must move ({', '.join(str(job['bytes_per_param']) for job in model['jobs'].values())} per "
-        f"parameter) over the time between events. Rooflines in the same rounds, GB/s: {'; '.join(roofs)}. Error: the "
-        f"largest after {sgd_jobs.STEPS} steps, over the largest parameter, against float64."
+        f"element) over the time between events. Rooflines in the same rounds, GB/s: {'; '.join(roofs)}. "
+        f"{model['error']}"
     )
     title = f"{name}: {model['tensors']:,} tensors, {model['numel']:,} elements, {model['dtype']}"
     return report.Table(title, columns, rows, note, names=2)
 
 
 def arm_cells(arm: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    error = f"{arm['error']:.0e}" if "error" in arm else ""
+    error = f"{arm['error']:.0e}" if arm.get("error") is not None else ""
     if "problem" in arm:
         return [arm["problem"], *[""] * 8, error]
     wall = arm["wall"]
@@ -330,6 +347,21 @@ def summaries(results: dict[str, Any]) -> list[report.Table]:
     return found
 
 
+def blocks_summary(blocks: dict[str, Any]) -> report.Table:
+    rows = []
+    for name, model in blocks.items():
+        for job_name, job in model["jobs"].items():
+            ours = job["arms"].get(job["ours"], {})
+            clocks = [us(ours[clock]["median_us"]) if clock in ours else "?" for clock in ("wall", "host")]
+            share = f"{100 * ours['of_copy']:.1f} %" if "of_copy" in ours else "?"
+            others = [(peer, arm) for peer, arm in job["arms"].items() if peer != job["ours"]]
+            seen = "; ".join(f"{peer} {times(arm, ours, 'wall') or '?'}" for peer, arm in others)
+            rows.append([name, job_name, seen, *clocks, share])
+    note = "Medians of wall clock of each peer over those of regfused, whose microseconds are in the next columns."
+    columns = ["tensors", "job", "how many times longer than regfused", "wall us", "host us", "of copy_"]
+    return report.Table("Building blocks: wall clock per call", columns, rows, note, names=3)
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -340,8 +372,12 @@ def shapes_of(model: str, small: bool) -> list[list[int]]:
     return reduced(shapes) if small else shapes
 
 
-def about(shapes: list[list[int]], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    mib = 3 * dtype.itemsize * numel_of(shapes) / 2**20
+STEP_ERROR = f"Error: the largest after {sgd_jobs.STEPS} steps, over the largest parameter, against float64."
+BLOCK_ERROR = "Error: the largest of a result over the largest result, against float64."
+
+
+def about(shapes: list[list[int]], dtype: torch.dtype, device: str, *, steps: bool) -> dict[str, Any]:
+    mib = (3 if steps else 2) * dtype.itemsize * numel_of(shapes) / 2**20
     caches = ""
     if device == "cuda":
         l2 = torch.cuda.get_device_properties(0).L2_cache_size / 2**20
@@ -352,7 +388,9 @@ def about(shapes: list[list[int]], dtype: torch.dtype, device: str) -> dict[str,
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": len(shapes),
         "numel": numel_of(shapes),
+        "holds": "Parameters, gradients and momentum buffers" if steps else "Tensors and their gradients",
         "working_set_mib": mib,
+        "error": STEP_ERROR if steps else BLOCK_ERROR,
         "caches": caches,
         "jobs": {},
     }
@@ -374,23 +412,25 @@ def main(
     """Time every job on every model; the JSON file is written after each job."""
     deadline = time.monotonic() + seconds
     pace = REHEARSED if small else USUAL
-    plan = [(*run, list(JOBS), False) for run in RUNS]
-    plan += [(*run, [job for job in JOBS if job.name == "clip"], True) for run in REPLAYED]
+    plan: list[tuple[str, str, dict[Job, Iterable[str]], str]]
+    plan = [(*run, {job: job.ways for job in JOBS}, "models") for run in RUNS]
+    plan += [(model, "float32", {job: BLOCKS[job] for job in jobs}, "blocks") for model, jobs in BLOCK_RUNS]
+    plan += [(*run, {job: REPLAYED_WAYS for job in JOBS if job.name == "clip"}, "replayed") for run in REPLAYED]
     left = sum(len(jobs) for *_, jobs, _ in plan)
-    results: dict[str, Any] = {"models": {}, "skipped": []}
-    for model, dtype_name, jobs, replay in plan:
+    results: dict[str, Any] = {"models": {}, "blocks": {}, "skipped": []}
+    for model, dtype_name, jobs, kind in plan:
+        replay = kind == "replayed"
         shapes, dtype = shapes_of(model, small), DTYPES[dtype_name]
         name = model + ("" if dtype_name == "float32" else f", {dtype_name}") + (", CUDA graph" if replay else "")
-        facts = about(shapes, dtype, device)
+        facts = about(shapes, dtype, device, steps=kind != "blocks")
         start = random_params(shapes, dtype, device)
-        for job in jobs:
+        for job, ways in jobs.items():
             share = (deadline - time.monotonic()) / left
             left -= 1
             if share <= 0:
                 results["skipped"].append(f"{name}: {job.name}")
                 continue
-            results["models"][name] = facts
-            ways = REPLAYED_WAYS if replay else job.ways
+            results["blocks" if kind == "blocks" else "models"][name] = facts
             try:
                 facts["jobs"][job.name] = run_job(job, ways, start, share, device, pace, replay=replay)
             except Exception as error:  # such as no memory for the rooflines
@@ -406,6 +446,7 @@ def main(
 def failed_job(job: Job, dtype: torch.dtype, problem: str) -> dict[str, Any]:
     return {
         "title": job.title,
+        "ours": job.ours,
         "bytes_per_param": job.bytes_per_param(dtype),
         "checked_numel": 0,
         "roofline_gb_per_s": {},

@@ -13,7 +13,7 @@ from torch import Tensor
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job(ABC):
     """The first of the ways is regfused's."""
 

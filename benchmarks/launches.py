@@ -1,4 +1,4 @@
-"""Counts what a step asks of the GPU: kernels, copies, calls that launch, and calls that wait for the device."""
+"""Counts what a step, or a building block, asks of the GPU: kernels, copies, calls that launch, calls that wait."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import regfused
 from benchmarks import report
-from benchmarks.bench_sgd import TIMED, own_copy, random_params, read_models, reduced
-from benchmarks.sgd_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, Hyperparameters, Step
+from benchmarks.models import own_copy, random_params, read_models, reduced
+from benchmarks.penalty_jobs import free_grads
+from benchmarks.sgd_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, TIMED, Hyperparameters, Step
 
 MODELS = ("mlp_seed", "many_small_1000x1k", "gpt2_124m")
 REGION = "counted steps"
+OUR_KERNELS = "regfused"  # their namespace: in the name of each
 LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch)")
 # A plain cudaMemcpy waits as well; cudaMemcpyAsync to pageable memory too, and counts as a copy.
 WAIT = re.compile(r"Synchronize|^cudaMemcpy(2D|3D)?$|^cudaMemset(2D|3D)?$")
@@ -38,6 +40,7 @@ class Case:
     make: Callable[[list[Tensor], Hyperparameters], Step]
     ours: bool
     steps: int = 10
+    launches: int | None = None  # of our kernels, that a building block should take
 
 
 def step_with(job: int, way: str) -> Callable[[list[Tensor], Hyperparameters], Step]:
@@ -56,6 +59,61 @@ def with_lr_on_the_device(params: list[Tensor], h: Hyperparameters) -> Step:
     return clip_with(lr=torch.tensor(h.lr).to(params[0].device))(params, h)
 
 
+# --- Building blocks ------------------------------------------------------------------------------
+
+
+def clip_block(params: list[Tensor], h: Hyperparameters) -> Step:
+    assert h.max_norm is not None
+    max_norm = h.max_norm
+    return lambda: regfused.clip_grad_norm_(params, max_norm)
+
+
+def norm_block(params: list[Tensor], h: Hyperparameters) -> Step:
+    return lambda: regfused.grad_norm(params)
+
+
+def penalty_forward(params: list[Tensor], h: Hyperparameters) -> Step:
+    return lambda: regfused.penalty(params, l1=h.l1, l2=h.l2)
+
+
+def penalty_backward(params: list[Tensor], h: Hyperparameters) -> Step:
+    value = regfused.penalty(params, l1=h.l1, l2=h.l2)
+
+    def step() -> None:
+        free_grads(params)
+        value.backward(retain_graph=True)
+
+    return step
+
+
+def dropout_forward(params: list[Tensor], h: Hyperparameters) -> Step:
+    """On the largest parameter."""
+    x = max(params, key=torch.numel)
+    return lambda: regfused.dropout(x, 0.5)
+
+
+def dropout_backward(params: list[Tensor], h: Hyperparameters) -> Step:
+    x = max(params, key=torch.numel)
+    y = regfused.dropout(x, 0.5)
+    upstream = torch.ones_like(y)
+
+    def step() -> None:
+        x.grad = None
+        y.backward(upstream, retain_graph=True)
+
+    return step
+
+
+# --- Cases ----------------------------------------------------------------------------------------
+
+BLOCKS = [
+    Case("regfused.clip_grad_norm_", clip_block, ours=True, launches=2),
+    Case("regfused.grad_norm", norm_block, ours=True, launches=2),
+    Case("regfused.penalty, forward", penalty_forward, ours=True, launches=2),
+    Case("regfused.penalty, backward", penalty_backward, ours=True, launches=1),
+    Case("regfused.dropout, forward", dropout_forward, ours=True, launches=1),
+    Case("regfused.dropout, backward", dropout_backward, ours=True, launches=1),
+]
 CASES = [
     Case("regfused: update only", step_with(0, OURS), ours=True),
     Case("regfused: clip", step_with(1, OURS), ours=True),
@@ -66,6 +124,7 @@ CASES = [
     Case(f"clip: {CLIP_GRAD_SCALE}", step_with(1, CLIP_GRAD_SCALE), ours=False),
     Case(f"clip: {CLIP_FUSED}", step_with(1, CLIP_FUSED), ours=False),
     Case(f"elastic net, clip: {SEED_LOOP}", step_with(2, SEED_LOOP), ours=False, steps=2),
+    *BLOCKS,
 ]
 
 
@@ -113,6 +172,7 @@ def count(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
 
     return {
         "kernels": sum(map(len, kernels.values())) / steps,
+        "our kernels": sum(len(us) for name, us in kernels.items() if OUR_KERNELS in name) / steps,
         "launch calls": per_step(LAUNCH),
         "waits": per_step(WAIT),
         "copies": len(by_kind["gpu_memcpy"]) / steps,
@@ -179,10 +239,10 @@ def tables(results: dict[str, dict[str, Any]]) -> list[report.Table]:
         'operation of torch that synchronizes raised under torch.cuda.set_sync_debug_mode("error").'
     )
     columns = ["parameters", "step", *COLUMNS, "witness"]
-    found = [report.Table("What a step asks of the GPU, per step", columns, rows, note, names=2)]
+    found = [report.Table("What a step, or a building block, asks of the GPU, per call", columns, rows, note, names=2)]
     if kernel_rows:
         columns = ["parameters", "step", "kernel", "per step", "mean us"]
-        found.append(report.Table("Kernels of regfused.SGD", columns, kernel_rows, names=3))
+        found.append(report.Table("Kernels of regfused", columns, kernel_rows, names=3))
     return found
 
 

@@ -1,6 +1,6 @@
 """The jobs of a penalty in the loss, the ways to do them, and the same formula in float64 to compare with.
 
-All ways work on the same parameters, which nobody changes. In every call each way first frees the gradients of the call
+All ways read the same parameters, which nobody changes. In every call each way first frees its gradients of the call
 before, as ``zero_grad`` does, and ends with new ones in ``p.grad``.
 
 No arm is compiled by ``torch.compile``: the two lines unroll into several operations for each tensor, forward and
@@ -126,7 +126,7 @@ def autograd_alone(params: list[Tensor], l1: float, l2: float) -> Call:
     """
 
     def call() -> None:
-        ready = [p.grad if p.grad is not None else torch.empty_like(p) for p in params]
+        ready = [p.grad if p.grad is not None else torch.ones_like(p) for p in params]
         free_grads(params)
         HandOut.apply(ready, *params).backward()
 
@@ -142,16 +142,17 @@ BY_FOREACH = "autograd.Function over lists"
 AUTOGRAD_ALONE = "autograd alone (no penalty)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PenaltyJob(Job):
     """``elements_moved``: forward reads each parameter, backward reads it again and writes its gradient."""
 
     ways: Mapping[str, Way]
 
     def setup(self, name: str, start: list[Tensor]) -> tuple[Call, list[Tensor]]:
-        for p in start:
-            p.requires_grad_()
-        return self.ways[name](start, TIMED_L1, TIMED_L2), start
+        params = [p.detach().requires_grad_() for p in start]
+        call = self.ways[name](params, TIMED_L1, TIMED_L2)
+        call()  # allocates gradients, which are no extra memory
+        return call, params
 
     def error(self, name: str, shapes: models.Shapes, dtype: torch.dtype, device: str = "cpu") -> float | None:
         """Of the gradients over the largest gradient, or of the value over the value, whichever is larger."""
@@ -168,7 +169,7 @@ class PenaltyJob(Job):
         return max(of_grads, abs(float(value) - exact) / exact)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InTheStep(Job):
     """What the same penalty costs where the optimizer has it: each way is a job of a step."""
 

@@ -121,7 +121,8 @@ def tables(verdicts: list[dict[str, Any]]) -> list[report.Table]:
         f"Checked are kernels with {OUR_KERNELS} in their names; initcheck watches all and reports on those. memcheck "
         "and initcheck ran with every allocation made by the driver. Four dtypes, sizes "
         f"{', '.join(map(str, sanitizer_run.SIZES))}, each at aligned and misaligned addresses, "
-        f"{len(sanitizer_run.OPTIONS)} sets of options, and AMP with and without overflow."
+        f"{len(sanitizer_run.OPTIONS)} sets of options, AMP with and without overflow, clip_grad_norm_, "
+        "grad_norm, penalty and dropout."
     )
     found = [report.Table("compute-sanitizer", ["tool", "status", "says", "s"], rows, note, names=3)]
     findings = [[v["tool"], report.cell(finding, 300)] for v in verdicts for finding in v["findings"][:SHOWN]]

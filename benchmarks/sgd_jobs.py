@@ -38,7 +38,7 @@ Way = Callable[[list[Tensor], Hyperparameters], Step]
 TIMED = Hyperparameters(lr=1e-9, momentum=0.9, weight_decay=1e-4, l1=1e-5, l2=1e-5, max_norm=0.5 * models.GRAD_NORM)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job(jobs.Job):
     """``elements_moved``: param, grad and momentum buffer read, param and buffer written; for the norm, the gradient
     (and with a penalty the parameter) once more.

@@ -18,7 +18,7 @@ pytest.importorskip("numpy")
 
 import typer
 
-from benchmarks import cuda_timing, gpu_check, launches, sanitizer, sanitizer_run, stage, suite, targets
+from benchmarks import cuda_timing, gpu_check, launches, penalty_jobs, sanitizer, sanitizer_run, stage, suite, targets
 from benchmarks.sgd_jobs import JOBS, OURS
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +42,9 @@ def test_report_has_every_section_and_says_that_it_is_a_rehearsal(rehearsal):
     markdown, results = rehearsal
     assert "Rehearsal on a CPU" in markdown.splitlines()[0]
     headings = re.findall("^### (.*)", markdown, re.MULTILINE)
-    expected = ["Stages", "Environment", "Tests", "What a step asks", "compute-sanitizer", "Wall clock", "Host time"]
-    expected += [model for model, _ in cuda_timing.RUNS] + ["Targets"]
+    expected = ["Stages", "Environment", "Tests", "What a step, or", "compute-sanitizer", "Wall clock", "Host time"]
+    expected += [model for model, _ in cuda_timing.RUNS] + ["Building blocks"]
+    expected += [f"{model}, building blocks" for model, _ in cuda_timing.BLOCK_RUNS] + ["Targets"]
     for heading in expected:
         assert any(found.startswith(heading) for found in headings), f"{heading} not in {headings}"
     assert headings[-1] == "Targets"
@@ -69,6 +70,21 @@ def test_every_arm_was_timed_on_every_model(rehearsal):
             assert replayed or arms[OURS]["error"] < TOLERANCE[model["dtype"]]
 
 
+def test_every_building_block_was_timed(rehearsal):
+    blocks = rehearsal[1]["stages"]["timings"]["results"]["blocks"]
+    assert {name: list(model["jobs"]) for name, model in blocks.items()} == {
+        name: [job.name for job in jobs] for name, jobs in cuda_timing.BLOCK_RUNS
+    }
+    for name, jobs in cuda_timing.BLOCK_RUNS:
+        for job in jobs:
+            found = blocks[name]["jobs"][job.name]
+            assert list(found["arms"]) == list(cuda_timing.BLOCKS[job]), (name, job.name)
+            for arm, seen in found["arms"].items():
+                assert "problem" not in seen, (name, job.name, arm)
+                assert seen["wall"]["median_us"] > 0 and seen["gb_per_s"] > 0 and "of_copy" in seen
+                assert seen["error"] is None if arm == penalty_jobs.AUTOGRAD_ALONE else seen["error"] < 1e-5
+
+
 def test_every_case_was_counted(rehearsal):
     counted = rehearsal[1]["stages"]["launches"]["results"]
     assert list(counted) == list(launches.MODELS)
@@ -76,6 +92,14 @@ def test_every_case_was_counted(rehearsal):
     for cases in counted.values():
         for name, case in cases.items():
             assert "problem" not in case, name
+
+
+def test_all_tests_of_kernels_run_on_the_device():
+    """But for those that do not depend on the device, and those that have a stage of their own."""
+    assert gpu_check.DEVICE_TESTS[0] == "tests"
+    ignored = {option.removeprefix("--ignore=tests/") for option in gpu_check.DEVICE_TESTS[1:]}
+    assert ignored == {"test_bench.py", "test_demo.py", "test_gpu_check.py", "test_sgd_gpu.py"}
+    assert all((ROOT / "tests" / name).exists() for name in ignored)
 
 
 # --- Exit status, time limits ---------------------------------------------------------------------
@@ -192,8 +216,29 @@ def test_targets_are_judged_by_what_was_counted():
     assert reached(TRACE, "called a synchronizing operation") == ["yes", "no", "no", "no"]
     assert reached([*TRACE, event("kernel", "another", 170)], "none")[0] == "no"
     assert reached(TRACE[:3], "none") == ["?"] * 4  # a profiler that saw nothing
-    assert [row[-1] for row in targets.table({}, {}).rows] == ["?"] * (2 * 3 + 4 + len(targets.RATIOS))
+    unknown = 3 * 2 + len(targets.LARGE_BLOCKS) + 4 + len(launches.BLOCKS) + len(targets.RATIOS)
+    assert [row[-1] for row in targets.table({}, {}).rows] == ["?"] * unknown
     assert math.isnan(cuda_timing.ratio({}, {}, "wall"))
+
+
+FOREACH = "void regfused::(anonymous namespace)::foreach_kernel<4096ul, (regfused::ForeachPass)2>(Arguments)"
+
+
+def test_building_blocks_are_judged_by_their_own_kernels():
+    def clip_row(kernels, *more):
+        region = event("user_annotation", launches.REGION, 100, 50)
+        ran = [event("kernel", name, 110 + i) for i, name in enumerate(kernels)]
+        case = launches.count([region, *ran, *more], 1)
+        rows = list(targets.block_launch_rows({"mlp_seed": {"regfused.clip_grad_norm_": case}}))
+        assert [row[-1] for row in rows[1:]] == ["?"] * (len(launches.BLOCKS) - 1)
+        return rows[0][2:]
+
+    norm_to_float = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy>(int)"
+    assert clip_row([FOREACH, FOREACH, norm_to_float]) == ["2, 0 (and 1 of torch's)", "yes"]
+    assert clip_row([FOREACH, FOREACH, FOREACH])[-1] == "no"
+    assert clip_row([FOREACH])[-1] == "no"
+    assert clip_row([FOREACH, FOREACH], event("cuda_runtime", "cudaStreamSynchronize", 120))[-1] == "no"
+    assert clip_row([])[-1] == "?"  # a profiler that saw nothing
 
 
 MEMCHECK = """========= COMPUTE-SANITIZER
