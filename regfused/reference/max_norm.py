@@ -29,9 +29,7 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
 def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[list[Tensor], float]:
     """The tensors, each once, and max_norm as a number; raises for what is not as it must be."""
     tensors = [params] if isinstance(params, Tensor) else list({id(param): param for param in params}.values())
-    radius = options.number(OPERATION, "max_norm", max_norm)
-    if not radius >= 0:
-        raise ValueError(f"{OPERATION}: max_norm must be >= 0, but got {max_norm}")
+    radius = options.check_max_norm(OPERATION, max_norm)
     if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
         raise ValueError(f"{OPERATION}: dim must be None or an int, but got {dim!r} ({type(dim).__name__})")
     for i, tensor in enumerate(tensors):
