@@ -37,8 +37,8 @@ demo: build
 test: build
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	@echo "== tests of the step once more, on the CUDA kernels, emulated on the CPU under sanitizers"
-	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal tests/test_sgd_*.py
+	@echo "== tests of kernels once more, on those for CUDA, emulated on the CPU under sanitizers"
+	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal $(EMULATED)
 
 bench: build
 	@for piece in sgd penalty clip dropout; do \
@@ -82,6 +82,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy regfused
 
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+EMULATED := $(sort $(wildcard $(addprefix tests/test_,sgd_*.py penalty.py clip_grad_norm.py foreach*.py dropout*.py \
+	max_norm*.py)))
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
 format: $(VENV)/installed
