@@ -1,4 +1,7 @@
-"""Times steps and building blocks on a GPU three ways at once: between events, until the call returns, and until the device is done."""
+"""Times steps and building blocks on a GPU three ways at once.
+
+Between events, until the call returns, and until the device is done.
+"""
 
 from __future__ import annotations
 
