@@ -39,42 +39,43 @@ struct DropoutBits {
   }
 };
 
-// A thread's accesses to a row, one in every run, as words of 32 bits. They are taken apart into elements
-// two at a time, those of one counter: elements of 16 bits would fill a register each.
+// A thread's accesses to a row, one in every run. They are kept as pairs of elements, those of one counter, and
+// taken apart where they are worked on: elements of 16 bits would fill a register each.
+template <class S>
 struct DropoutAccesses {
-  uint32_t words[kDropoutRuns][kAccessBytes / 4];
+  struct alignas(2 * sizeof(S)) Pair {
+    S at[2];
+  };
+  static constexpr int kPairs = kPerAccess<S> / 2;
+  struct alignas(kAccessBytes) Access {
+    Pair pairs[kPairs];
+  };
+  Access of[kDropoutRuns];
 
-  template <class S>
   __device__ __forceinline__ void load(const S* from) {
 #pragma unroll
-    for (int run = 0; run < kDropoutRuns; ++run) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from + run * kDropoutRun);
-      memcpy(words[run], &bits, sizeof bits);
-    }
+    for (int run = 0; run < kDropoutRuns; ++run) of[run] = *reinterpret_cast<const Access*>(from + run * kDropoutRun);
   }
-  template <class S>
   __device__ __forceinline__ void store(S* to) const {
 #pragma unroll
-    for (int run = 0; run < kDropoutRuns; ++run) {
-      uint4 bits;
-      memcpy(&bits, words[run], sizeof bits);
-      *reinterpret_cast<uint4*>(to + run * kDropoutRun) = bits;
-    }
+    for (int run = 0; run < kDropoutRuns; ++run) *reinterpret_cast<Access*>(to + run * kDropoutRun) = of[run];
   }
   // Works on the first pair of each run, and moves it behind the others. So a loop over the counters needs not
   // be unrolled, which takes more than 64 registers, and yet no register has a name that varies.
-  template <class S>
   __device__ __forceinline__ void apply(const DropoutRule<Arithmetic<S>>& rule, const DropoutBits& bits) {
-    constexpr int kWords = 2 * sizeof(S) / 4, kOthers = kAccessBytes / 4 - kWords;
 #pragma unroll
     for (int run = 0; run < kDropoutRuns; ++run) {
-      S pair[2];
-      memcpy(pair, words[run], sizeof pair);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) narrow(rule(widen(pair[j]), rule.keeps(bits.of[run][j])), pair[j]);
+      for (int j = 0; j < 2; ++j) {
+        S& element = of[run].pairs[0].at[j];
+        narrow(rule(widen(element), rule.keeps(bits.of[run][j])), element);
+      }
+      if constexpr (kPairs > 1) {
+        const Pair first = of[run].pairs[0];
 #pragma unroll
-      for (int w = 0; w < kOthers; ++w) words[run][w] = words[run][w + kWords];
-      memcpy(words[run] + kOthers, pair, sizeof pair);
+        for (int p = 1; p < kPairs; ++p) of[run].pairs[p - 1] = of[run].pairs[p];
+        of[run].pairs[kPairs - 1] = first;
+      }
     }
   }
 };
@@ -117,10 +118,10 @@ __device__ __forceinline__ void drop_out(const DropoutJob& job) {
       drop_out_slowly(input + begin, output + begin, job.numel - begin, first, seed, rule);
       continue;
     }
-    DropoutAccesses x;
+    DropoutAccesses<S> x;
     x.load(input + begin);
 #pragma unroll 1
-    for (int c = 0; c < N / 2; ++c) x.apply<S>(rule, DropoutBits(first + c, seed, rule.upper()));
+    for (int c = 0; c < N / 2; ++c) x.apply(rule, DropoutBits(first + c, seed, rule.upper()));
     x.store(output + begin);
   }
 }
