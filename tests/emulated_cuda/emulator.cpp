@@ -162,6 +162,30 @@ bool release_block() {
   return true;
 }
 
+// Runs those of some threads that wait for nothing. False where there is none.
+bool run_some(unsigned begin, unsigned count) {
+  bool any = false;
+  for (const unsigned i : order(count)) {
+    const unsigned t = begin + i;
+    if (fibers[t]->waits != Waits::no) continue;
+    any = true;
+    threadIdx = {t};
+    run(*fibers[t]);
+    if (fibers[t]->waits == Waits::for_warp) release_warp(t / kWarp);
+  }
+  return any;
+}
+
+// Until nobody can go on: at random all take turns; otherwise one warp goes as far as it gets before the next one, the
+// last or the first of them ahead.
+bool run_all() {
+  if (setting("REGFUSED_EMULATED_ORDER", "forward") == "random") return run_some(0, threads_of_block);
+  bool any = false;
+  for (const unsigned warp : order(threads_of_block / kWarp))
+    while (run_some(warp * kWarp, kWarp)) any = true;
+  return any;
+}
+
 void run_block(unsigned block, unsigned blocks) {
   shared_memory.reset();
   blockIdx = {block};
@@ -177,15 +201,7 @@ void run_block(unsigned block, unsigned blocks) {
     fiber.stack_pointer = top - 8;
   }
   while (true) {
-    bool any = false;
-    for (const unsigned t : order(threads_of_block)) {
-      if (fibers[t]->waits != Waits::no) continue;
-      any = true;
-      threadIdx = {t};
-      run(*fibers[t]);
-      if (fibers[t]->waits == Waits::for_warp) release_warp(t / kWarp);
-    }
-    if (any || release_block()) continue;
+    if (run_all() || release_block()) continue;
     for (unsigned t = 0; t < threads_of_block; ++t) {
       const Fiber& fiber = *fibers[t];
       if (fiber.waits == Waits::done) continue;
