@@ -73,21 +73,24 @@ def test_same_bits_on_every_grid_and_in_every_order(dtype, monkeypatch):
 
 @emulated_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slices_have_the_same_bits_in_every_order(dtype, monkeypatch):
+def test_slices_have_the_same_bits_on_every_grid_and_in_every_order(dtype, monkeypatch):
     results = {}
-    for order in ("forward", "reverse", "random"):
-        monkeypatch.setenv("REGFUSED_EMULATED_ORDER", order)
-        torch.manual_seed(0)
-        params = make_params([(4, 300), (2, 5000), (300, 3), (1100, 2)], dtype)
-        optimizer = regfused.SGD(params, lr=0.1, group_l1=15.0)
-        for dim in (0, 1):
-            optimizer.param_groups[0]["group_dim"] = dim
-            give_grads(params)
-            optimizer.step()
-        regfused.constrain_max_norm_(params, 3.0, dim=0)
-        results[order] = bits([*params, optimizer.stats.zero_fraction])
-    for order in ("reverse", "random"):
-        assert all(torch.equal(a, b) for a, b in zip(results[order], results["forward"], strict=True)), order
+    for multiprocessors in (1, 1000):
+        for order in ("forward", "reverse", "random"):
+            monkeypatch.setenv("REGFUSED_EMULATED_MULTIPROCESSORS", str(multiprocessors))
+            monkeypatch.setenv("REGFUSED_EMULATED_ORDER", order)
+            torch.manual_seed(0)
+            params = make_params([(4, 300), (2, 5000), (300, 3), (1100, 2)], dtype)
+            optimizer = regfused.SGD(params, lr=0.1, group_l1=15.0)
+            for dim in (0, 1):
+                optimizer.param_groups[0]["group_dim"] = dim
+                give_grads(params)
+                optimizer.step()
+            regfused.constrain_max_norm_(params, 3.0, dim=0)
+            results[multiprocessors, order] = bits([*params, optimizer.stats.zero_fraction])
+    baseline = results.pop((1, "forward"))
+    for how, result in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(result, baseline, strict=True)), how
 
 
 @pytest.mark.parametrize("count", (100, 600, 4200))
