@@ -78,8 +78,8 @@ def test_gradients_are_clipped_in_every_call(name, dtype, monkeypatch):
     start = models.random_params([[3, 50], [33], [1]], dtype)
     seen = []
 
-    def bounds(params, first_grads):
-        next_bound = clip_jobs.Falling(params, first_grads)
+    def bounds(params, begin):
+        next_bound = clip_jobs.Falling(params, begin)
 
         def bound():
             seen.append((next_bound(), clip_jobs.norm_in_float64(clip_jobs.grads_of(params))))
