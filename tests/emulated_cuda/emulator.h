@@ -1,9 +1,8 @@
 // Runs kernels on the host, one block after another, each thread of a block as a fiber.
 //
-// A fiber runs until it waits for others, then the next one does: warp after warp, forwards or backwards, each as far as
-// it gets; or all at random.
-// Shared memory is filled with NaN before each block. So a missing barrier shows, and memory out of
-// bounds is found by AddressSanitizer, as every block's shared memory is an allocation of its own.
+// A fiber runs until it waits for others, then the next one does: warp after warp, forwards or backwards, each as far
+// as it gets; or all at random. Shared memory is filled with NaN before each block. So a missing barrier shows, and
+// memory out of bounds is found by AddressSanitizer, as every block's shared memory is an allocation of its own.
 #pragma once
 
 #include <cstddef>
