@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "isa.h"
-#include "pages.h"
 #include "parallel.h"
 
 namespace regfused {
@@ -20,8 +19,6 @@ constexpr int64_t kSerialChunks = 8;
 
 void dropout_on_cpu(const DropoutJob& job) {
   const DropoutKernel kernel = choose_kernels()->dropout;
-  const size_t element = job.dtype == DType::float64 ? 8 : job.dtype == DType::float32 ? 4 : 2;
-  if (job.output != job.input) write_in_large_pages(job.output, static_cast<size_t>(job.numel) * element);
   parallel((job.numel + kChunk - 1) / kChunk, kSerialChunks, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * kChunk;
