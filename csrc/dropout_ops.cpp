@@ -8,7 +8,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/randint.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -144,8 +143,8 @@ void dropout_autograd_(Tensor& input, double p, const Tensor& seed) {
 // --- Eager ----------------------------------------------------------------------------------------
 
 std::optional<Tensor> dropout_eagerly(const Tensor& input, double p, bool inplace) {
-  const bool in_transform = c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-  if (in_transform || !why_no_kernels(input).empty() || torch::autograd::isFwGradDefined(input)) return std::nullopt;
+  if (in_functional_transform() || !why_no_kernels(input).empty() || torch::autograd::isFwGradDefined(input))
+    return std::nullopt;
   // As torch.compile has it, which knows no random_(): the same seed in both.
   const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {}, input.options().dtype(at::kLong));
   if (!inplace) return call(input, p, seed);

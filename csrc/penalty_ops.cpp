@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sgn.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -132,9 +133,10 @@ struct Penalty : torch::autograd::Function<Penalty> {
 
 Tensor penalty_autograd(at::TensorList params, double l1, double l2) { return Penalty::apply(params, l1, l2); }
 
+// Forward-mode differentiation takes no autograd function written in C++ either.
 bool is_taken(const Tensor& param) {
   const auto type = param.scalar_type();
-  return param.layout() == at::kStrided && has_kernels(param.device()) &&
+  return param.layout() == at::kStrided && !torch::autograd::isFwGradDefined(param) && has_kernels(param.device()) &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
 
@@ -143,12 +145,13 @@ bool is_taken(const Tensor& param) {
 pybind11::tuple penalty(const pybind11::list& params, double l1, double l2) {
   std::vector<Tensor> taken;
   pybind11::list leftovers;
+  const bool in_transform = in_functional_transform();
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* const object = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     TORCH_CHECK_TYPE(THPVariable_Check(object), "regfused.penalty: params must be tensors, but item ", i, " is a ",
                      Py_TYPE(object)->tp_name);
     const Tensor& param = THPVariable_Unpack(object);
-    if (is_plain(object) && is_taken(param))
+    if (!in_transform && is_plain(object) && is_taken(param))
       taken.push_back(param);
     else
       leftovers.append(i);

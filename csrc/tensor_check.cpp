@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include "devices.h"
 
 namespace regfused {
@@ -31,6 +33,11 @@ std::string why_not_in_place(const at::Tensor& tensor) {
 std::string why_not_fused(const at::Tensor& param) {
   std::string why = why_no_kernels(param);
   return why.empty() ? why_not_in_place(param) : why;
+}
+
+bool in_functional_transform() {
+  // Not the accessor of torch.func's state, which is there for good once something was compiled.
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 DType dtype_of(const at::Tensor& tensor) {

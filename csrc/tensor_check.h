@@ -23,6 +23,9 @@ std::string why_not_in_place(const at::Tensor& tensor);
 // non-overlapping float32, float64, bfloat16 and float16 tensors on a device that has kernels.
 std::string why_not_fused(const at::Tensor& param);
 
+// Whether torch.func is at work (vmap, grad, jvp): it takes no autograd function written in C++.
+bool in_functional_transform();
+
 // The storage type of an eligible tensor.
 DType dtype_of(const at::Tensor& tensor);
 

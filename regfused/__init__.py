@@ -1,4 +1,4 @@
-"""Regularized training in one fused optimizer step: L1, L2, elastic net, weight decay, momentum and clipping."""
+"""Regularized training, fused: an optimizer step, and penalty, clipping, dropout and max norm on their own."""
 
 __version__ = "0.1.0"
 

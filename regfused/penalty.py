@@ -24,7 +24,7 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
     Args:
         params: a tensor or an iterable of tensors, of any shapes and strides, on any devices; float32, float64,
             bfloat16 and float16 in any mixture on the CPU or CUDA devices go to the kernels, others to
-            `regfused.reference`.
+            `regfused.reference`, and so does everything under ``torch.func``.
         l1: strength of ``sum|p|``, finite and >= 0.
         l2: strength of ``sum(p^2)``, finite and >= 0.
 

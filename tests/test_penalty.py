@@ -234,6 +234,20 @@ def test_compiled_as_one_graph(backend):
     torch.testing.assert_close(grads(got), want_grads)
 
 
+def test_functional_transforms_go_through_the_reference():
+    p = torch.randn(4, 3)
+    strengths = {"l1": 0.3, "l2": 0.7}
+    for _ in range(2):
+        grads = torch.func.grad(lambda named: regfused.penalty(named.values(), **strengths))({"weight": p})
+        torch.testing.assert_close(grads["weight"], 0.3 * p.sign() + 1.4 * p)
+        values = torch.vmap(lambda row: regfused.penalty([row], **strengths))(p)
+        torch.testing.assert_close(values, 0.3 * p.abs().sum(1) + 0.7 * p.square().sum(1))
+        _, along = torch.func.jvp(lambda t: regfused.penalty([t], **strengths), (p,), (torch.ones_like(p),))
+        torch.testing.assert_close(along, grads["weight"].sum())
+        torch._dynamo.reset()
+        torch.compile(lambda: regfused.penalty([p], **strengths), backend="eager")()  # leaves nothing behind
+
+
 def test_under_autocast():
     p = torch.randn(100, requires_grad=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
