@@ -24,7 +24,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build and run all tests"
-	@echo "make bench    measure the step, the penalty, clipping and dropout against torch, minutes; targets at the"
+	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
 	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
 	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most"
