@@ -81,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)
       .def("norm", &SgdPlan::norm)
+      .def("judge", &SgdPlan::judge)
       .def("update", &SgdPlan::update)
       .def("count", &SgdPlan::count)
       .def_property_readonly("tensors", &SgdPlan::tensors)

@@ -29,7 +29,9 @@ double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
-    return tensor.numel() == 1 && !tensor.is_complex() ? tensor.item().toDouble() : NAN;
+    const bool usable = tensor.layout() == at::kStrided && !tensor.is_meta() && !tensor.is_quantized() &&
+                        tensor.scalar_type() != at::kBool && !tensor.is_complex() && tensor.numel() == 1;
+    return usable ? tensor.item().toDouble() : NAN;
   }
   const double result = PyFloat_AsDouble(value);
   if (PyErr_Occurred()) {

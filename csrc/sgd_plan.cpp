@@ -146,8 +146,10 @@ void SgdPlan::check_group_dims() const {
 // Rows of the driver's table for the parameters that the kernels take.
 void SgdPlan::plan_rows() {
   std::unordered_map<PyObject*, PyObject*> buffer_of;
-  for (const StateEntry& entry : entries_)
+  for (const StateEntry& entry : entries_) {
+    if (!PyDict_Check(entry.value.ptr())) check_(param_groups_, state_);
     if (entry.buffer && !entry.buffer.is_none()) buffer_of.emplace(entry.key.ptr(), entry.buffer.ptr());
+  }
   for (Param& param : params_) {
     const auto found = buffer_of.find(param.object.ptr());
     plan_row(param, found == buffer_of.end() ? nullptr : found->second);

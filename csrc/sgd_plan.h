@@ -31,17 +31,21 @@ class SgdPlan {
   explicit SgdPlan(py::function check);
 
   // The whole step. False where tensors are left to the reference: then nothing has changed yet,
-  // `leftover` holds (group index, parameter) pairs, and the caller goes on with norm(), update()
-  // and count().
+  // `leftover` holds (group index, parameter) pairs, and the caller goes on with norm(), judge(),
+  // update() and count().
   bool step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf);
 
   // Whether the step as a whole needs its norm before anything can be updated.
   bool needs_norm() const;
   // The norm over the tensors here.
   double norm();
-  // Updates the tensors here, given the norm over all tensors of the step (NaN unless needs_norm).
-  // False: the step was skipped, and nothing changed.
-  bool update(double norm);
+  // Forms the clip coefficient of the norm over all tensors of the step (NaN unless needs_norm).
+  // False: the step is skipped, and nothing changes.
+  bool judge(double norm);
+  // Updates the tensors here, and then writes what the reference made of the others: each source into
+  // its target, added where it is sparse, under the caller's autograd mode. No Python runs in between (but
+  // that of tensor subclasses), so that no signal can come between two tensors.
+  void update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources);
   // Adds what the reference stepped to the numbers of this step.
   void count(double more_penalty, double more_zeros, double more_numel);
   // (grad_norm, clip_coef, penalty, zeros, numel, skipped) of the last step; penalty, zeros and numel of the last one
@@ -55,7 +59,7 @@ class SgdPlan {
   void clear();
 
   py::list leftover;
-  double clip_coef() const { return clip_coef_; }
+  double clip_coef() const { return scalars_.clip_coef; }
 
  private:
   struct Param {
@@ -106,14 +110,13 @@ class SgdPlan {
   void collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad);
   void collect_buffer(size_t p, const at::Tensor& tensor);
   double norm_pass();
-  bool update_pass(double norm);
+  void update_pass();
   const char* why_host_judges() const;
   void let_devices_judge();
   bool let_host_judge(py::handle grad_scale, py::handle found_inf);
   template <class Update>
   void run(Update update);
   void finish_update();
-  bool judge(double norm);
   [[noreturn]] void raise_nonfinite(double norm) const;
   void commit();
   void commit_buffer(Pending& pending);
@@ -138,6 +141,7 @@ class SgdPlan {
   int64_t skipped_ = 0;
 
   // Of one step, between collect and its end.
+  double judged_norm_ = NAN;
   std::vector<at::Tensor> grads_;                                // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
   std::vector<Pending> pending_;

@@ -1,6 +1,8 @@
 // One step of a plan: collect, norm, update, commit. See sgd_plan.h.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -78,7 +80,7 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
   }
   if (!let_host_judge(grad_scale, found_inf)) return true;
   if (!leftover.empty()) return false;
-  update_pass(needs_norm() ? norm_pass() : NAN);
+  if (judge(needs_norm() ? norm_pass() : NAN)) update_pass();
   return true;
 }
 
@@ -142,10 +144,18 @@ double SgdPlan::norm() {
   return norm_pass();
 }
 
-bool SgdPlan::update(double norm) {
+void SgdPlan::update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources) {
   Entered entered(busy_);
-  c10::AutoGradMode no_grad(false);
-  return update_pass(norm);
+  {
+    c10::AutoGradMode no_grad(false);
+    update_pass();
+  }
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (sources[i].layout() == at::kStrided)
+      targets[i].copy_(sources[i]);
+    else
+      targets[i].add_(sources[i]);
+  }
 }
 
 void SgdPlan::count(double more_penalty, double more_zeros, double more_numel) {
@@ -298,6 +308,13 @@ std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, cons
 void SgdPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad) {
   grads_[p] = grad;
   if (!same_layout(grad, tensor) || grad.is_neg()) {
+    if (scalars_.write_unscaled_grad) {
+      const bool writable = at::has_internal_overlap(grad) != at::MemOverlap::Yes &&
+                            (!grad.is_inference() || c10::InferenceMode::is_enabled());
+      TORCH_CHECK(writable, "regfused.SGD.step: with grad_scale a step writes the unscaled gradients, but that of ",
+                  name_of(params_[p]),
+                  grad.is_inference() ? " is an inference tensor" : " has elements that share memory");
+    }
     grads_[p] = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
     grads_[p].copy_(grad);
     relaid_grads_.emplace_back(grad, grads_[p]);
@@ -325,18 +342,13 @@ void SgdPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
 
 // --- Update ------------------------------------------------------------------------------------------
 
-bool SgdPlan::update_pass(double norm) {
-  if (!judge(norm)) {
-    end_step();
-    return false;
-  }
+void SgdPlan::update_pass() {
   commit();
   run([&] { driver_.step(scalars_); });
   devices_judged_ = false;
-  grad_norm_ = norm;
+  grad_norm_ = judged_norm_;
   clip_coef_ = scalars_.clip_coef;
   finish_update();
-  return true;
 }
 
 void SgdPlan::finish_update() {
@@ -346,8 +358,8 @@ void SgdPlan::finish_update() {
   end_step();
 }
 
-// The clip coefficient of this norm. False where the step is to be skipped.
 bool SgdPlan::judge(double norm) {
+  judged_norm_ = norm;
   scalars_.clip_coef = 1;
   if (!needs_norm()) return true;
   const SgdGroup& group = groups_.front();
@@ -357,6 +369,7 @@ bool SgdPlan::judge(double norm) {
     grad_norm_ = norm;
     clip_coef_ = 0;
     ++skipped_;
+    end_step();
     return false;
   }
   if (group.clips) scalars_.clip_coef = clip_coefficient(group.max_norm, norm);

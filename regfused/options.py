@@ -31,17 +31,25 @@ OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBA
 def number(operation: str, name: str, value: Any) -> float:
     """``value`` as a float; a one-element tensor counts as its value."""
     if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            raise ValueError(f"{operation}: {name} must have a value, but got a meta tensor")
+        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.dtype == torch.bool:
+            raise ValueError(
+                f"{operation}: {name} must be a number or a dense tensor of numbers, "
+                f"but got a tensor of layout {value.layout} and dtype {value.dtype}"
+            )
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{operation}: {name} must be a number or a tensor with 1 element, "
                 f"but got a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
             )
-        if value.is_meta:
-            raise ValueError(f"{operation}: {name} must have a value, but got a meta tensor")
         return float(value.item())
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise ValueError(f"{operation}: {name} must be a number, but got {value!r} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"{operation}: {name} must be one number of float64's range, but {error}") from None
 
 
 def check_strength(operation: str, name: str, value: Any) -> float:
@@ -180,13 +188,24 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
             raise ValueError(f"{operation}: parameters must be floating point or complex, but got {tensor.dtype}")
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether this is a dense tensor of torch's own class: what lies in its memory is all there is."""
+    return tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
 def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
     """Raise ``ValueError`` for a momentum buffer that does not fit its parameter."""
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
-            if param not in state or not isinstance(state[param], Mapping):
+            if param not in state:
                 continue
-            buffer = state[param].get("momentum_buffer")
+            entry = state[param]
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f"{operation}: the state of parameter {i} of group {g} must be a dict, "
+                    f"but is a {type(entry).__name__}"
+                )
+            buffer = entry.get("momentum_buffer")
             if buffer is None:
                 continue
             place = f"{operation}: the momentum_buffer of parameter {i} of group {g}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from regfused import extension, options, reference
-from regfused.reference import sgd as in_torch
+from regfused.reference import sgd_step
 
 
 def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
@@ -121,7 +121,8 @@ class SGD(reference.SGD):
         if plan is None:
             if extension.C is None:
                 return super()._step()
-            plan = self._plan = self._numbers = extension.C.SgdPlan(_check)
+            # The numbers first: an interrupt between the two must not leave a plan without them.
+            plan = self._numbers = self._plan = extension.C.SgdPlan(_check)
         grad_scale = self.__dict__.get("grad_scale")
         if not plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
             self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
@@ -131,14 +132,17 @@ class SGD(reference.SGD):
         norm_type = float(self.param_groups[0]["norm_type"])
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             pairs = [(self.param_groups[g], param) for g, param in plan.leftover]
-            entries = in_torch.collect(pairs, grad_scale, "SGD.step")
+            entries = sgd_step.collect(pairs, grad_scale, "SGD.step")
             grad_norm = math.nan
             if plan.needs_norm:
-                grad_norm = float(in_torch.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
-            if not plan.update(grad_norm):
+                grad_norm = float(sgd_step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
+            if not plan.judge(grad_norm):
                 return
-            record = in_torch.update(entries, self.state, plan.clip_coef)
-            plan.count(record.penalty, record.zeros, record.numel)
+            update = sgd_step.Update(entries, self.state, plan.clip_coef)
+            record = update.record
+            penalty, zeros, numel = record.penalty, record.zeros, record.numel
+            update.commit(plan.update)
+            plan.count(penalty, zeros, numel)
 
 
 @torch.compiler.disable

@@ -2,227 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd as sgd_for_loop
 
-from regfused import options
-from regfused.reference.slices import slice_norms
+from regfused import checkpoint, options
+from regfused.reference import sgd_step
 from regfused.stats import Record, Stats, stats_of
-
-Group = dict[str, Any]
-State = MutableMapping[Any, Any]
-
-
-@dataclass
-class Entry:
-    """One parameter that has a gradient, with its group. What is derived of both is made when asked for, not kept."""
-
-    group: Group
-    param: Tensor
-    grad_scale: float | None
-
-    @property
-    def sparse(self) -> bool:
-        return self.raw_grad.layout != torch.strided
-
-    @property
-    def raw_grad(self) -> Tensor:
-        assert self.param.grad is not None
-        return self.param.grad
-
-    def unscaled(self) -> Tensor:
-        """g / grad_scale, in the type of arithmetic."""
-        grad = _arithmetic(self.raw_grad)
-        return grad if self.grad_scale is None else grad * (1.0 / self.grad_scale)
-
-    def grad(self) -> Tensor:
-        """g': of what is minimized."""
-        return -self.unscaled() if self.group["maximize"] else self.unscaled()
-
-    def h(self) -> Tensor:
-        """What the norm is taken of."""
-        if self.group["penalty_in_clip"] and not self.group["proximal"]:
-            return _add_penalty_gradient(self.grad(), self.param, self.group)
-        return self.grad()
-
-
-def collect(pairs: Iterable[tuple[Group, Tensor]], grad_scale: float | None, operation: str) -> list[Entry]:
-    """Entries for all parameters that have a gradient. Checks, and changes nothing."""
-    entries = [Entry(group, param, grad_scale) for group, param in pairs if param.grad is not None]
-    for entry in entries:
-        if entry.sparse and not (grad_scale is None and options.group_allows_sparse(entry.group)):
-            raise RuntimeError(
-                f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
-                f"fused=True demand dense gradients, but one of shape {tuple(entry.param.shape)} has layout "
-                f"{entry.raw_grad.layout}"
-            )
-    return entries
-
-
-@torch.no_grad()
-def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -> Tensor:
-    """The norm over all entries, and over norms of tensors that are not among them: 0-dim, accumulated in float64."""
-    norms = [torch.tensor(other, dtype=torch.float64) for other in others]
-    for entry in entries:
-        h = entry.raw_grad.coalesce().values() if entry.sparse else entry.h()
-        if h.numel() == 0:
-            continue  # the maximum of nothing is an error in torch
-        dtype = torch.complex128 if h.is_complex() else torch.float64
-        norms.append(_on_every_rank(torch.linalg.vector_norm(h, norm_type, dtype=dtype)).to(torch.float64))
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    device = norms[-1].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-
-
-def needs_norm(group: Group) -> bool:
-    """Whether the step as a whole needs its norm before anything can be updated."""
-    return group["max_norm"] is not None or group["nonfinite"] != "propagate"
-
-
-def clip_coefficient(max_norm: float | None, grad_norm: Tensor) -> Tensor | None:
-    """c = min(1, max_norm / (norm + 1e-6)), where NaN stays NaN; None for no clip at all."""
-    return None if max_norm is None else torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
-
-
-def update(entries: list[Entry], state: State, clip_coef: Tensor | float | None) -> Record:
-    """Update every entry's parameter and state; the record has penalty and zeros of what was stepped."""
-    record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
-    for entry in entries:
-        group, param = entry.group, entry.param
-        if entry.sparse:
-            _update_sparse(entry, state)
-        else:
-            if _is_on(group["l1"]) or _is_on(group["l2"]):
-                record.penalties.append(_penalty(param.detach(), group))
-            _update_dense(entry, state, clip_coef)
-            if entry.grad_scale is not None:  # torch's AMP contract
-                entry.raw_grad.copy_(entry.unscaled())
-        record.zero_counts.append(_on_every_rank(torch.sum(param.detach() == 0)))
-        record.numel += param.numel()
-    return record
-
-
-def _update_dense(entry: Entry, state: State, clip_coef: Tensor | float | None) -> None:
-    group, param = entry.group, entry.param
-    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-    if isinstance(lr, Tensor) and not group["differentiable"]:
-        lr = lr.item()
-    old = _arithmetic(param)
-
-    d = entry.h()
-    if clip_coef is not None:
-        d = d * (clip_coef.to(d.device) if isinstance(clip_coef, Tensor) else clip_coef)
-    if not group["penalty_in_clip"] and not group["proximal"]:
-        d = _add_penalty_gradient(d, param, group)
-    if _is_on(weight_decay) and not group["decoupled_weight_decay"]:
-        d = d + weight_decay * old
-
-    u = lr * d if group["classical_momentum"] else d
-    if _is_on(momentum):
-        buffer = state.get(param, {}).get("momentum_buffer")
-        velocity = u
-        if buffer is not None:
-            gain = 1.0 if group["classical_momentum"] else 1.0 - group["dampening"]
-            velocity = momentum * _arithmetic(buffer) + gain * u
-        u = u + momentum * velocity if group["nesterov"] else velocity
-        if buffer is None:
-            buffer = torch.empty_like(param, requires_grad=False)
-            if param not in state:
-                state[param] = {}
-            state[param]["momentum_buffer"] = buffer
-        buffer.copy_(velocity)
-
-    new = old
-    if _is_on(weight_decay) and group["decoupled_weight_decay"]:
-        new = new * (1 - lr * weight_decay)
-    if group["classical_momentum"]:
-        new = new - u
-    elif _is_on(lr):
-        new = new - lr * u
-    if group["proximal"] and (_is_on(group["l1"]) or _is_on(group["l2"])):
-        shrunk = torch.clamp(torch.abs(new) - lr * group["l1"], min=0)
-        new = torch.sgn(new) * shrunk / (1 + 2 * lr * group["l2"])
-    param.copy_(new)
-    if _is_on(group["group_l1"]) and _is_on(lr):
-        _shrink_groups(param, lr * group["group_l1"], group["group_dim"])
-
-
-def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> None:
-    """w = w * max(1 - threshold/||w||, 0) for each slice w of the stored parameter; a NaN norm stays NaN."""
-    if float(threshold) == 0 or param.numel() == 0:
-        return
-    # Where autograd runs through the step, what it saves must not change.
-    stored = param.clone() if torch.is_grad_enabled() else param
-    # A quotient of equal numbers is 1: where the norm is below the threshold the factor is exactly 0.
-    factors = 1 - threshold / torch.clamp(slice_norms(stored, dim), min=threshold)
-    param.copy_(_arithmetic(stored) * factors.to(_arithmetic(stored).real.dtype))
-
-
-def _update_sparse(entry: Entry, state: State) -> None:
-    """torch's own for-loop, for which the options were checked to be torch's."""
-    group, param = entry.group, entry.param
-    buffers = [state.get(param, {}).get("momentum_buffer")]
-    sgd_for_loop(
-        [param],
-        [entry.raw_grad],
-        buffers,
-        has_sparse_grad=True,
-        foreach=False,
-        weight_decay=0.0,
-        momentum=group["momentum"],
-        lr=group["lr"],
-        dampening=group["dampening"],
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-    )
-    if _is_on(group["momentum"]):
-        if param not in state:
-            state[param] = {}
-        state[param]["momentum_buffer"] = buffers[0]
-
-
-def _arithmetic(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 in float32; everything else as it is."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
-    return tensor
-
-
-def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
-    """grad + l1*sign(p) + 2*l2*p, with sign(0) = 0."""
-    p = _arithmetic(param)
-    if _is_on(group["l1"]):
-        grad = grad + group["l1"] * torch.sgn(p)
-    if _is_on(group["l2"]):
-        grad = grad + 2 * group["l2"] * p
-    return grad
-
-
-@torch.no_grad()
-def _penalty(param: Tensor, group: Group) -> Tensor:
-    """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
-    size = torch.abs(param).double()
-    absolute = group["l1"] * size.sum() if _is_on(group["l1"]) else size.new_zeros(())
-    return _on_every_rank(absolute + (group["l2"] * size.square().sum() if _is_on(group["l2"]) else 0.0))
-
-
-def _on_every_rank(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor; another tensor as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
-
-
-def _is_on(value: Any) -> bool:
-    """Whether an option does anything; one that is off must not meet infinities, and a tensor may need its graph."""
-    return isinstance(value, Tensor) or value != 0
 
 
 class SGD(torch.optim.SGD):
@@ -292,7 +84,7 @@ class SGD(torch.optim.SGD):
         """torch.amp.GradScaler asks: with ``fused=True`` the step itself unscales, and skips on overflow."""
         return bool(self.defaults["fused"])
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         operation = f"{type(self).__name__}.add_param_group"
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
@@ -303,6 +95,26 @@ class SGD(torch.optim.SGD):
             options.check_groups(operation, [*self.param_groups, complete])
             options.check_params(operation, [params] if isinstance(params, Tensor) else params)
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of ``torch.optim.SGD``.
+
+        Options that it does not have keep the values that they have here. Momentum buffers are copied: an optimizer
+        shares them neither with the dictionary nor with another optimizer that loads it.
+
+        Args:
+            state_dict: as ``state_dict()`` returns it.
+
+        Raises:
+            ValueError: for what does not fit, with the place, the demand and the value. Nothing has changed then.
+        """
+        checkpoint.check_outline(f"{type(self).__name__}.load_state_dict", state_dict)
+        # The last hook sees what all others made of the dictionary.
+        handle = self.register_load_state_dict_pre_hook(_fitting)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also the last step of ``load_state_dict``: what is missing keeps the values it had; what is wrong raises."""
@@ -317,7 +129,6 @@ class SGD(torch.optim.SGD):
                     group.setdefault(name, known[name])
         options.check_groups(operation, groups)
         options.check_momentum_buffers(operation, groups, state["state"])
-        _own_buffers(groups, state["state"])
         torch.optim.Optimizer.__setstate__(self, state)
 
     @property
@@ -327,24 +138,41 @@ class SGD(torch.optim.SGD):
 
     # --- The step ---------------------------------------------------------------------------------
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of ``step``, which runs the hooks; and where any of it raises, AMP leaves nothing behind.
+
+        ``torch.amp.GradScaler`` takes ``grad_scale`` and ``found_inf`` back only after a step that returned, and would
+        multiply the next scale by the one that it finds.
+        """
+        with_hooks = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(with_hooks)
+        def step(self: SGD, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return with_hooks(self, *args, **kwargs)
+            except BaseException:
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+                raise
+
+        return step
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; see the class for the formula.
+
+        It happens whole or not at all: after an error, or an interrupt, parameters and state are those of before (or,
+        where an interrupt came after the last write, those of after).
 
         Args:
             closure: reevaluates the model and returns the loss.
         """
-        try:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            self._step()
-            return loss
-        except BaseException:
-            # torch.amp.GradScaler leaves these behind when a step raises; the next step must not see them.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
 
     def _amp(self) -> tuple[float | None, bool]:
         """The scale of the gradients, and whether one overflowed."""
@@ -352,6 +180,7 @@ class SGD(torch.optim.SGD):
         found_inf = getattr(self, "found_inf", None)
         return None if grad_scale is None else float(grad_scale), found_inf is not None and float(found_inf) != 0
 
+    @torch.compiler.disable
     def _step(self) -> None:
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             self._step_in_torch()
@@ -366,11 +195,11 @@ class SGD(torch.optim.SGD):
         options.check_groups(operation, self.param_groups)
         options.check_momentum_buffers(operation, self.param_groups, self.state)
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        entries = collect(pairs, grad_scale, operation)
+        entries = sgd_step.collect(pairs, grad_scale, operation)
         first = self.param_groups[0]
         grad_norm = torch.tensor(math.nan)
-        if needs_norm(first):
-            grad_norm = norm(entries, float(first["norm_type"]))
+        if sgd_step.needs_norm(first):
+            grad_norm = sgd_step.norm(entries, float(first["norm_type"]))
         # The one place where the host waits for a device, and only under these policies.
         if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
             if first["nonfinite"] == "error":
@@ -379,27 +208,12 @@ class SGD(torch.optim.SGD):
                 )
             self._numbers = replace(last, grad_norm=grad_norm, clip_coef=0.0, skipped=last.skipped + 1)
             return
-        record = update(entries, self.state, clip_coefficient(first["max_norm"], grad_norm))
-        self._numbers = replace(record, grad_norm=grad_norm, skipped=last.skipped)
+        update = sgd_step.Update(entries, self.state, sgd_step.clip_coefficient(first["max_norm"], grad_norm))
+        update.commit()
+        self._numbers = replace(update.record, grad_norm=grad_norm, skipped=last.skipped)
 
 
-def _own_buffers(groups: list[Group], state: State) -> None:
-    """Give every parameter a momentum buffer of its own, in its own layout.
-
-    A checkpoint may hold buffers with other strides, expanded ones, or one tensor several times.
-    """
-    storages: set[int] = {p.untyped_storage().data_ptr() for g in groups for p in g["params"] if _is_plain(p)}
-    for group in groups:
-        for param in group["params"]:
-            buffer = state[param].get("momentum_buffer") if param in state else None
-            if buffer is None or not (_is_plain(param) and _is_plain(buffer)):
-                continue
-            storage = buffer.untyped_storage().data_ptr()
-            if buffer.stride() != torch.empty_like(param, device="meta").stride() or storage in storages:
-                buffer = torch.empty_like(param, requires_grad=False).copy_(buffer)
-                state[param]["momentum_buffer"] = buffer
-            storages.add(buffer.untyped_storage().data_ptr())
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+def _fitting(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook of ``load_state_dict``."""
+    operation = f"{type(optimizer).__name__}.load_state_dict"
+    return checkpoint.fitting(operation, optimizer.param_groups, state_dict)
