@@ -98,7 +98,7 @@ def check_group(operation: str, group: Mapping[str, Any]) -> None:
             raise ValueError(f"{operation}: a parameter group must have {name!r}, but has {sorted(group)}")
     for name in group:
         # Schedulers and people keep notes of their own in a group; a misspelt option is neither.
-        if name not in OPTIONS and isinstance(name, str):
+        if name not in OPTIONS and name not in ("params", "param_names") and isinstance(name, str):
             meant = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)
             if meant:
                 raise ValueError(f"{operation}: unknown option {name!r}; did you mean {meant[0]!r}?")

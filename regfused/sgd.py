@@ -130,6 +130,7 @@ class SGD(reference.SGD):
     def _step_with_leftovers(self, plan: Any, grad_scale: float | None) -> None:
         """The rest of a step in which some tensors are not for the kernels: one norm over both, one coefficient."""
         norm_type = float(self.param_groups[0]["norm_type"])
+        options.check_momentum_buffers("SGD.step", self.param_groups, self.state)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             pairs = [(self.param_groups[g], param) for g, param in plan.leftover]
             entries = sgd_step.collect(pairs, grad_scale, "SGD.step")
