@@ -114,7 +114,7 @@ def check_group(operation: str, group: Mapping[str, Any]) -> None:
     if math.isnan(number(operation, "norm_type", group["norm_type"])):
         raise ValueError(f"{operation}: norm_type must be a number, but got {group['norm_type']}")
     check_group_dim(operation, group)
-    if group["nonfinite"] not in NONFINITE:
+    if not isinstance(group["nonfinite"], str) or group["nonfinite"] not in NONFINITE:
         raise ValueError(f"{operation}: nonfinite must be one of {NONFINITE}, but got {group['nonfinite']!r}")
     for name in (*_SWITCHES, *_CHOICES):
         value = group[name]
@@ -162,6 +162,11 @@ def check_construction(operation: str, group: Mapping[str, Any]) -> None:
         raise RuntimeError(f"{operation}: `fused` does not support `differentiable`")
 
 
+def _value(option: Any) -> Any:
+    """What an option that was checked is compared by: a tensor by its number."""
+    return option.item() if isinstance(option, torch.Tensor) else option
+
+
 def check_groups(operation: str, groups: Iterable[Mapping[str, Any]]) -> None:
     """`check_group` for each, and that they agree where there is one value for the optimizer."""
     first: Mapping[str, Any] | None = None
@@ -169,7 +174,7 @@ def check_groups(operation: str, groups: Iterable[Mapping[str, Any]]) -> None:
         check_group(operation, group)
         first = group if first is None else first
         for name in _GLOBAL:
-            if group[name] != first[name]:
+            if _value(group[name]) != _value(first[name]):
                 raise ValueError(
                     f"{operation}: {name} must be the same in every parameter group, for there is one norm over all, "
                     f"but got {first[name]!r} and {group[name]!r}"
