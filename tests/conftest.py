@@ -1,13 +1,15 @@
 """Fixtures for all tests, and which compiled part they run on.
 
 REGFUSED_TEST_EXTENSION=path loads another one, such as the one with emulated CUDA kernels (``python -m
-tests.emulated_cuda``). REGFUSED_TEST_DEVICE=cuda puts the tensors that tests make on a GPU.
+tests.emulated_cuda``). REGFUSED_TEST_DEVICE=cuda puts the tensors that tests make on a GPU. REGFUSED_TEST_EXAMPLES=1000
+has tests of properties try that many random examples, others each time; without it they are few and the same.
 """
 
 import importlib.util
 import os
 import sys
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +20,18 @@ if OTHER_EXTENSION:
     spec = importlib.util.spec_from_file_location("regfused._C", OTHER_EXTENSION)
     sys.modules["regfused._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["regfused._C"])
+
+EXAMPLES = os.environ.get("REGFUSED_TEST_EXAMPLES")
+hypothesis.settings.register_profile(
+    "regfused",
+    max_examples=int(EXAMPLES or (20 if OTHER_EXTENSION else 60)),
+    derandomize=EXAMPLES is None,
+    database=None,
+    deadline=None,  # the machine's other work is no fault of an example
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("regfused")
 
 if OTHER_DEVICE:
     torch.set_default_device(OTHER_DEVICE)
