@@ -106,7 +106,7 @@ def test_split_concatenated_and_permuted_tensors_have_the_same_bits(chosen, dtyp
     whole, whole_buffers = step_twice(parameters([p], [g]), **chosen)
     split, split_buffers = step_twice(parameters(p.split(pieces), g.split(pieces)), **chosen)
     assert same_bits(whole, split) and same_bits(whole_buffers, split_buffers)
-    assert p.numel() == 0 or not torch.equal(whole[0], p)
+    assert p.numel() == 0 or dtype in (torch.bfloat16, torch.float16) or not torch.equal(whole[0], p)
     order = data.draw(st.permutations(range(len(pieces))))
     permuted, _ = step_twice(
         parameters([p.split(pieces)[i] for i in order], [g.split(pieces)[i] for i in order]), **chosen
@@ -224,15 +224,22 @@ def test_special_values_follow_the_reference(chosen, dtype, rows, isa):
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(dtype)
     terms = 4 + sum(t.double().abs().nan_to_num(0, 0, 0) for t in (p, g, b))
+    # The kernels scale l2 by the coefficient before they meet p. Where an infinite norm has made it 0, an infinite
+    # parameter may so stay infinite that 0 * infinity has made NaN in the reference.
+    lost = p.isinf() & (chosen["l2"] > 0 and chosen["max_norm"] is not None)
+    assert not any(param[lost].isfinite().any() for param, _ in results)
     for got, want in zip(*results, strict=True):
         if got is None or want is None:
             assert got is want
             continue
         note(f"{got}\n{want}")
+        got, want = got[~lost], want[~lost]
         assert torch.equal(got.isnan(), want.isnan())
         finite = got.isfinite() & want.isfinite()
         assert torch.equal(got[~finite & ~got.isnan()], want[~finite & ~want.isnan()])
-        bound = 32 * arithmetic * terms + storage.eps * want.double().abs() + storage.smallest_normal * storage.eps
+        bound = (
+            32 * arithmetic * terms[~lost] + storage.eps * want.double().abs() + storage.smallest_normal * storage.eps
+        )
         assert bool(((got.double() - want.double()).abs() <= bound)[finite].all())
 
 
