@@ -222,16 +222,31 @@ def each_case(*implementations: dict, dtypes: tuple[torch.dtype, ...] = ()) -> C
 
     def decorate(test):
         def all_cases(self, info, **dtype):
+            wrong = {}
             for case in info.optim_inputs_func(DEVICE):
                 for flags in implementations or IMPLEMENTATIONS:
-                    with self.subTest(f"{case.desc} {flags}"):
-                        torch.manual_seed(0)
+                    torch.manual_seed(0)
+                    try:
                         test(self, info, {**copy.deepcopy(case.kwargs), **flags}, **dtype)
+                    except (Exception, pytest.fail.Exception) as error:
+                        wrong[f"{case.desc} {flags}"] = error
+            if wrong:
+                lines = [f"{label}: {str(error).partition(chr(10))[0]}" for label, error in wrong.items()]
+                raise AssertionError("\n".join(["cases that fail:", *lines])) from next(iter(wrong.values()))
 
         all_cases.__name__ = test.__name__
         return each_optimizer(all_cases, dtypes)
 
     return decorate
+
+
+@contextlib.contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Says which of several cases in a test has failed."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"case that fails: {label}") from error
 
 
 def assert_same(got, want) -> None:

@@ -16,6 +16,7 @@ from optimizer_infos import (
     each_case,
     each_optimizer,
     instantiate,
+    labelled,
 )
 from sgd_cases import DEVICE, assert_params_equal, copy_params, give_grads, make_params, share_grads
 
@@ -128,7 +129,7 @@ def check_steps(info, kwargs, params, in_groups=lambda params: params, give=give
         both.step()
 
 
-def descend(info, kwargs, weight, makers=(), steps=4) -> list[float]:
+def descend(info, kwargs, weight, makers=(), steps=3) -> list[float]:
     """Checks that each step is one in the right direction; the learning rates after each."""
     weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(torch.randn(10))
     # Far enough away for penalties and momentum not to matter.
@@ -152,7 +153,7 @@ def descend(info, kwargs, weight, makers=(), steps=4) -> list[float]:
     return rates
 
 
-def rates_of(optimizer, makers, closure=None, steps=4) -> list[float]:
+def rates_of(optimizer, makers, closure=None, steps=3) -> list[float]:
     schedulers = [make(optimizer) for make in makers]
     rates = []
     for _ in range(steps):
@@ -188,7 +189,7 @@ class TestStep(TestCase):
             for flags in IMPLEMENTATIONS:
                 if set(FLAGS) & set(given.kwargs) and flags:
                     continue
-                with self.subTest(f"{given.desc} {flags}"):
+                with labelled(f"{given.desc} {flags}"):
                     params = [torch.nn.Parameter(torch.ones(3))] if given.params is None else given.params
                     if issubclass(case.error_type, Warning):
                         with pytest.warns(case.error_type, match=case.error_regex):
@@ -257,7 +258,7 @@ class TestStep(TestCase):
         for maximize in (False, True):
             for momentum, pieces in ((0, 1), (0, 2), (0.9, 1)):
                 for flags in IMPLEMENTATIONS[:3]:
-                    with self.subTest(f"maximize={maximize}, momentum={momentum}, {pieces} pieces, {flags}"):
+                    with labelled(f"maximize={maximize}, momentum={momentum}, {pieces} pieces, {flags}"):
                         lr = 1e-5 if maximize else 1e-4  # upwards it is steep
                         kwargs = {**options, "maximize": maximize, "momentum": momentum, "lr": lr}
                         p, q = (torch.nn.Parameter(torch.tensor([1.5, 1.5], dtype=torch.float64)) for _ in range(2))
