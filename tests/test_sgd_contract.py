@@ -89,9 +89,10 @@ class Beside:
         storage = torch.finfo(got.dtype).eps / 2
         bound = 16 * arithmetic * scale + torch.finfo(got.dtype).smallest_normal * storage
         if storage > arithmetic:
-            # The group lasso looks at what was rounded to storage before, and rounds once more.
-            shrunk = any(group.get("group_l1", 0) != 0 for group in self.ours.param_groups)
-            bound = bound + (3 if shrunk else 1) * storage * (want.detach().abs() + shrunk)
+            # The group lasso takes this away of what was rounded to storage before.
+            groups = [group for group in self.ours.param_groups if group.get("group_l1")]
+            shrunk = max((float(group["lr"]) * group["group_l1"] for group in groups), default=0.0)
+            bound = bound + storage * (2 * shrunk + (3 if shrunk else 1) * want.detach().abs())
         wrong = (wide(got) - want.detach()).abs() > bound
         assert got.shape == want.shape and not wrong.any(), (
             f"{place}: {int(wrong.sum())} of {got.numel()} elements are off, first {got[wrong][0].item()} "
@@ -245,6 +246,28 @@ class TestStep(TestCase):
             # Values of a size of 4 in float32.
             assert_params_equal([torch.view_as_real(p.detach()) for p in params], twins, atol=2e-6)
 
+    @each_case()
+    def test_penalties_are_as_in_the_loss(self, info, kwargs):
+        """Against autograd, for which a complex number has a size, too."""
+        penalties = {name: kwargs[name] for name in ("l1", "l2") if kwargs.get(name)}
+        if not penalties or kwargs.get("proximal") or not kwargs.get("penalty_in_clip", True):
+            return
+        dtypes = [torch.float32] if kwargs.get("fused") else [torch.float32, torch.complex64]
+        params = [torch.nn.Parameter(torch.randn(size, dtype=dtype)) for dtype in dtypes for size in SIZES]
+        twins = copy_params(params)
+        ours = info.optim_cls(params, **{"lr": 0.1, **kwargs})
+        loop = info.optim_cls(twins, **{"lr": 0.1, **kwargs, **dict.fromkeys(penalties, 0.0)})
+        for _ in range(3):
+            give_complex_grads(params)
+            share_grads(params, twins)
+            sizes = [q.abs() for q in twins]
+            loss = sum(penalties.get("l1", 0.0) * s.sum() + penalties.get("l2", 0.0) * s.square().sum() for s in sizes)
+            (-loss if kwargs.get("maximize") else loss).backward()
+            ours.step()
+            loop.step()
+            # Values of a size of 4 in float32.
+            assert_params_equal(params, twins, atol=2e-6)
+
     @each_case({"fused": True})
     def test_fused_demands_real_numbers(self, info, kwargs):
         if info.has_kernels:
@@ -263,7 +286,7 @@ class TestStep(TestCase):
                         kwargs = {**options, "maximize": maximize, "momentum": momentum, "lr": lr}
                         p, q = (torch.nn.Parameter(torch.tensor([1.5, 1.5], dtype=torch.float64)) for _ in range(2))
                         ours, loop = info.optim_cls([p], **kwargs, **flags), info.theirs([q], **kwargs, foreach=False)
-                        makers = [make(o) for o in (ours, loop) for make in schedulers]
+                        running = [make(o) for o in (ours, loop) for make in schedulers]
                         for i in range(20):
                             x, y = p.detach().tolist()
                             slope = [2 * (x - 1) - 400 * x * (y - x * x), 200 * (y - x * x)][i % 2]
@@ -272,7 +295,7 @@ class TestStep(TestCase):
                             q.grad = p.grad.to_dense()
                             ours.step()
                             loop.step()
-                            advance(makers)
+                            advance(running)
                             assert p.grad.is_sparse
                             # The two run apart only by roundings.
                             torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-9)
