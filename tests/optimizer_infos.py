@@ -1,0 +1,271 @@
+"""The optimizers with all their options, registered in the terms in which torch tests its own optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from sgd_cases import DEVICE
+
+import regfused
+from regfused import reference
+
+pytest.importorskip("expecttest", reason="torch's test code imports it")
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """Puts back what torch's test code changes in the whole process when it is imported."""
+    environment = dict(os.environ)
+    # How to start a failed test in torch's own repository.
+    os.environ["PYTORCH_PRINT_REPRO_ON_FAILURE"] = "0"
+    flag = "__allow_nonbracketed_mutation_flag"
+    assignable = getattr(torch.backends, flag)
+    try:
+        from hypothesis import settings
+    except ImportError:
+        settings = None
+    profile = settings.get_current_profile_name() if settings else ""
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        setattr(torch.backends, flag, assignable)
+        if settings:
+            settings.load_profile(profile)
+
+
+with _contained():
+    from torch.testing._internal.common_device_type import instantiate_device_type_tests
+    from torch.testing._internal.common_optimizers import (
+        ErrorOptimizerInput,
+        OptimizerErrorEnum,
+        OptimizerInfo,
+        OptimizerInput,
+        optim_db,
+        optims,
+    )
+    from torch.testing._internal.common_utils import TestCase  # noqa: F401
+
+# Who does the step: the kernels where they can, torch's operations twice, the kernels or nobody.
+IMPLEMENTATIONS = ({}, {"fused": False}, {"foreach": True}, {"fused": True})
+
+FLAGS = ("fused", "foreach", "differentiable")
+
+# What torch's optimizers have no words for.
+SGD_INPUTS = {
+    "l1": {"l1": 0.1},
+    "l2": {"l2": 0.1},
+    "elastic net with momentum": {"momentum": 0.9, "l1": 0.05, "l2": 0.05},
+    "proximal l1": {"momentum": 0.9, "l1": 0.2, "proximal": True},
+    "clip": {"momentum": 0.9, "max_norm": 1.0},
+    "clip, norm 1": {"max_norm": 2.0, "norm_type": 1, "l2": 0.05},
+    "clip, norm inf": {"momentum": 0.9, "max_norm": 0.5, "norm_type": math.inf},
+    "penalty outside of the clip": {"momentum": 0.9, "l1": 0.05, "l2": 0.02, "max_norm": 1.0, "penalty_in_clip": False},
+    "group lasso": {"momentum": 0.9, "group_l1": 0.5},
+    "group lasso, last dimension": {"group_l1": 0.5, "group_dim": -1, "l1": 0.1, "proximal": True},
+    "decoupled weight decay": {"momentum": 0.9, "weight_decay": 0.3, "decoupled_weight_decay": True},
+    "classical momentum": {"momentum": 0.9, "classical_momentum": True, "weight_decay": 0.1},
+    "nonfinite skip": {"momentum": 0.9, "dampening": 0.3, "nonfinite": "skip"},
+    "maximize, l1": {"l1": 0.05, "maximize": True},
+}
+
+SGD_ERRORS = [
+    ({"l1": -1.0}, ValueError, "l1 must be finite and >= 0, but got -1.0"),
+    ({"l2": math.inf}, ValueError, "l2 must be finite and >= 0, but got inf"),
+    ({"group_l1": math.nan}, ValueError, "group_l1 must be finite and >= 0, but got nan"),
+    ({"group_l1": 0.1, "group_dim": 2}, ValueError, r"group_dim must be in \[-1, 0\] for parameter 0"),
+    ({"max_norm": -1.0}, ValueError, "max_norm must be None or >= 0, but got -1.0"),
+    ({"norm_type": math.nan}, ValueError, "norm_type must be a number, but got nan"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*, but got 'ignore'"),
+    ({"penalty_in_clip": None}, ValueError, "penalty_in_clip must be True or False, but got None"),
+    ({"proximal": "yes"}, ValueError, "proximal must be True or False, but got 'yes'"),
+    ({"decoupled_weight_decay": 0.1}, ValueError, "decoupled_weight_decay must be True or False, but got 0.1"),
+    ({"classical_momentum": True, "dampening": 0.1}, ValueError, "classical_momentum has no dampening"),
+    ({"nesterov": True}, ValueError, "nesterov demands a momentum and zero dampening"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
+    ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+]
+
+# Where a message says the same in other words.
+SGD_WORDS = {
+    "Tensor lr must be 1-element": "lr must be a number or a tensor with 1 element, but got a tensor of shape",
+    "Invalid momentum value: -0.5": "momentum must be finite and >= 0, but got -0.5",
+}
+
+
+class Contract(OptimizerInfo):
+    """An optimizer, the one of torch whose contract it keeps, and its twin in torch operations."""
+
+    def __init__(
+        self,
+        optim_cls: type[torch.optim.Optimizer],
+        *,
+        theirs: type[torch.optim.Optimizer],
+        twin: type[torch.optim.Optimizer],
+        own_inputs: dict[str, dict],
+        own_errors: list[tuple[dict, type[Exception], str]],
+        words: dict[str, str],
+    ):
+        entry = next(info for info in optim_db if info.optim_cls is theirs)
+        self.theirs, self.twin = theirs, twin
+        self.torchs_inputs = entry.optim_inputs_func
+        self.own_inputs = own_inputs
+
+        def inputs(device, dtype=None):
+            own = [OptimizerInput(None, copy.deepcopy(kwargs), desc) for desc, kwargs in own_inputs.items()]
+            return [*entry.optim_inputs_func(device, dtype), *own]
+
+        def error_inputs(device, dtype):
+            # torch makes them for the CPU alone, for they are about Python.
+            cases = entry.optim_error_inputs_func("cpu", dtype)
+            for case in cases:
+                case.error_regex = words.get(case.error_regex, case.error_regex)
+            for kwargs, error, message in own_errors:
+                case = OptimizerInput(None, dict(kwargs), str(kwargs))
+                cases.append(ErrorOptimizerInput(case, error_type=error, error_regex=message))
+            return [*cases, *_step_errors(dtype)]
+
+        super().__init__(
+            optim_cls,
+            optim_inputs_func=inputs,
+            optim_error_inputs_func=error_inputs,
+            scheduler_inputs=entry.scheduler_inputs,
+            supported_impls=entry.supported_impls,
+            not_og_supported_flags=entry.not_og_supported_flags,
+            supports_sparse=entry.supports_sparse,
+            metadata_for_sparse=entry.metadata_for_sparse,
+            supports_complex=entry.supports_complex,
+            supports_fused_on=entry.supports_fused_on,
+        )
+
+    @property
+    def name(self) -> str:
+        return f"twin_{self.optim_cls.__name__}" if self.optim_cls is self.twin else self.optim_cls.__name__
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.optim_cls is not self.twin
+
+    def is_torchs(self, kwargs: dict) -> bool:
+        """Whether torch's own optimizer takes these options."""
+        own = set().union(*self.own_inputs.values())
+        return not own & (set(kwargs) - set(self.theirs([torch.nn.Parameter(torch.ones(1))]).defaults))
+
+    def exact(self, params, kwargs: dict) -> torch.optim.Optimizer:
+        """The oracle: torch's for-loop where torch has the options, the twin elsewhere; both want float64 tensors."""
+        options = {k: v for k, v in copy.deepcopy(kwargs).items() if k not in FLAGS}
+        if self.is_torchs(options):
+            return self.theirs(params, foreach=False, **options)
+        return self.twin(params, fused=False, **options)
+
+
+def _step_errors(dtype) -> list[ErrorOptimizerInput]:
+    """A gradient that no step can take: parameters come with it."""
+
+    def with_grad(grad):
+        param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        param.grad = grad.to(dtype)
+        return [param]
+
+    sparse = torch.tensor([0.0, 1.0, 2.0]).to_sparse()
+    cases = [
+        ({"nonfinite": "error", "momentum": 0.9}, torch.tensor([1.0, math.inf, 2.0]), "demands a finite gradient norm"),
+        *(({**option, "momentum": 0.9}, sparse, "demand") for option in ({"l1": 0.1}, {"max_norm": 1.0})),
+        ({"weight_decay": 0.1, "momentum": 0.9}, sparse, "demand"),
+    ]
+    return [
+        ErrorOptimizerInput(
+            OptimizerInput(with_grad(grad), kwargs, str(kwargs)),
+            error_on=OptimizerErrorEnum.STEP_ERROR,
+            error_type=RuntimeError,
+            error_regex=message,
+        )
+        for kwargs, grad, message in cases
+    ]
+
+
+def _sgd(optim_cls):
+    return Contract(
+        optim_cls,
+        theirs=torch.optim.SGD,
+        twin=reference.SGD,
+        own_inputs=SGD_INPUTS,
+        own_errors=SGD_ERRORS,
+        words=SGD_WORDS,
+    )
+
+
+OPTIMIZERS = [_sgd(regfused.SGD), _sgd(reference.SGD)]
+
+
+def each_optimizer(test: Callable, dtypes: tuple[torch.dtype, ...] = ()) -> Callable:
+    """Makes ``test(self, info)`` one of torch's generic tests, for each of `OPTIMIZERS`, with ``dtype`` if asked."""
+
+    def generic(self, device, dtype, optim_info):
+        test(self, optim_info, **({"dtype": dtype} if dtypes else {}))
+
+    generic.__name__ = test.__name__
+    return optims(OPTIMIZERS, dtypes=dtypes or (torch.float32,))(generic)
+
+
+def each_case(*implementations: dict, dtypes: tuple[torch.dtype, ...] = ()) -> Callable:
+    """The same for ``test(self, info, kwargs)``, called with each set of options, by each implementation."""
+
+    def decorate(test):
+        def all_cases(self, info, **dtype):
+            wrong = {}
+            for case in info.optim_inputs_func(DEVICE):
+                for flags in implementations or IMPLEMENTATIONS:
+                    torch.manual_seed(0)
+                    try:
+                        test(self, info, {**copy.deepcopy(case.kwargs), **flags}, **dtype)
+                    except (Exception, pytest.fail.Exception) as error:
+                        wrong[f"{case.desc} {flags}"] = error
+            if wrong:
+                lines = [f"{label}: {str(error).partition(chr(10))[0]}" for label, error in wrong.items()]
+                raise AssertionError("\n".join(["cases that fail:", *lines])) from next(iter(wrong.values()))
+
+        all_cases.__name__ = test.__name__
+        return each_optimizer(all_cases, dtypes)
+
+    return decorate
+
+
+@contextlib.contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Says which of several cases in a test has failed."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"case that fails: {label}") from error
+
+
+def assert_same(got, want) -> None:
+    """The same containers, keys in the same order, the same types, tensors of the same bits."""
+    assert type(got) is type(want), f"{type(got)} instead of {type(want)}"
+    if isinstance(got, torch.Tensor):
+        assert (got.dtype, got.device, got.shape, got.stride()) == (want.dtype, want.device, want.shape, want.stride())
+        assert torch.equal(got, want)
+    elif isinstance(got, dict):
+        assert list(got) == list(want), f"{list(got)} instead of {list(want)}"
+        assert_same(list(got.values()), list(want.values()))
+    elif isinstance(got, list | tuple):
+        assert len(got) == len(want)
+        for g, w in zip(got, want, strict=True):
+            assert_same(g, w)
+    else:
+        assert got == want, f"{got!r} instead of {want!r}"
+
+
+def instantiate(test_class, scope: dict) -> None:
+    """For the device of this run alone: a second one is a second run."""
+    instantiate_device_type_tests(test_class, scope, only_for=(DEVICE,))
