@@ -31,6 +31,10 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS", "2"))
+
+
 def torch_includes() -> tuple[str, ...]:
     from torch.utils import cpp_extension
 
@@ -55,7 +59,7 @@ def compile_units(units: Sequence[Unit], folders: Iterable[Path], purpose: str) 
         unit.object.parent.mkdir(parents=True, exist_ok=True)
         _make(unit.object, *unit.flags, "-c", unit.source)
 
-    with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
+    with ThreadPoolExecutor(max_workers=jobs()) as pool:
         list(pool.map(compile_one, stale))
     return [unit.object for unit in units]
 

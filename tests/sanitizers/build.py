@@ -1,4 +1,4 @@
-"""Builds, under sanitizers, the compiled part of regfused, and its CPU kernels and drivers as a program without torch."""
+"""Builds for sanitizers: the compiled part of regfused, and its CPU kernels and drivers as a program without torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def program(sanitizer: Sanitizer) -> list[Unit]:
     return [
         *kernels(sanitizer),
         *(Unit(source, _object(folder, source), flags) for source in DRIVERS),
-        # What checks results is not what is looked at, and ten times as fast without a sanitizer. It is linked last, so
+        # What checks results is not what is looked at, and fast without a sanitizer. It is linked last, so
         # that it brings no copy of an inline function that a driver calls.
         *(Unit(source, OUT / "checks" / f"{source.stem}.o", (*shims, "-O2")) for source in CHECKS),
     ]
@@ -69,7 +69,7 @@ def program(sanitizer: Sanitizer) -> list[Unit]:
 
 def extension() -> list[Unit]:
     """The objects of the extension, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    # Without the two checks of which torch's headers are full: they double the time that compiling takes, and
+    # Without the two checks of which torch's headers are full: they nearly double the time that compiling takes, and
     # AddressSanitizer stops at a null pointer as well.
     flags = (*FLAGS, "-O1", *ADDRESS.flags, "-fno-sanitize=vptr,null", "-fopenmp", "-DTORCH_EXTENSION_NAME=_C")
     flags += (*INCLUDES, *compiled.torch_includes())
@@ -85,8 +85,8 @@ def _object(folder: Path, source: Path) -> Path:
     return (folder / source.relative_to(CSRC)).with_suffix(".o")
 
 
-def compile_all(units: list[Unit], purpose: str) -> list[Path]:
-    return compiled.compile_units(units, [CSRC, HERE], purpose)
+def compile_all(units: list[Unit]) -> None:
+    compiled.compile_units(units, [CSRC, HERE], "for the sanitizers")
 
 
 def link_program(sanitizer: Sanitizer) -> Path:
