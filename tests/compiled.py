@@ -49,9 +49,10 @@ def torch_libraries() -> tuple[str, ...]:
 
 
 def compile_units(units: Sequence[Unit], folders: Iterable[Path], purpose: str) -> list[Path]:
-    """The objects; `folders` have all headers that sources include, and the Python code that knows the flags."""
-    headers = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".py")]
-    newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
+    """The objects; `folders` have all headers that sources include, and the build.py that knows the flags."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    shared = [path for path in paths if path.suffix in (".h", ".cuh") or path.name == "build.py"]
+    newest = max(path.stat().st_mtime for path in (*shared, Path(__file__)))
     stale = [unit for unit in units if not _is_newer(unit.object, max(newest, unit.source.stat().st_mtime))]
 
     def compile_one(unit: Unit) -> None:

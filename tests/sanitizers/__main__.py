@@ -119,7 +119,7 @@ def plant_all(
         isa, plant = task
         succeeded, said = run(command("plant", plant.name), {"REGFUSED_ISA": isa, **environment})
         caught = is_caught(plant, succeeded, said)
-        report(f"{isa}, planted {plant.name}: caught", caught, said)
+        report(f"{isa}, caught the planted {plant.name}", caught, said)
         return caught
 
     with ThreadPoolExecutor(max_workers=compiled.jobs()) as pool:
@@ -150,7 +150,7 @@ def check_extension(isas: Sequence[str]) -> Result:
     environment = {**compiled.preloaded(), "REGFUSED_TEST_EXTENSION": str(library), "OMP_NUM_THREADS": "2"}
     files = sorted(path for pattern in TESTS for path in (compiled.ROOT / "tests").glob(pattern))
     # What a sanitizer says ends the process: it must not be caught.
-    pytest = ["pytest", "--capture=sys", "--quiet", "--no-summary", "-n", "2", "--dist", "worksteal"]
+    pytest = ["pytest", "--capture=sys", "--quiet", "-rNfE", "-n", "2", "--dist", "worksteal"]
     chosen = " and ".join(f"not {name}" for name in LEFT_OUT)
     tests = subprocess.run(
         [sys.executable, "-m", *pytest, "-k", chosen, *files], env={**os.environ, **environment}, check=False

@@ -25,9 +25,7 @@ inline const std::vector<SliceLayout> kOtherSlices = {
     {3, 0, 5},    {5, 3, 1},    {33, 31, 1},   {129, 1, 7},   {17, 6, 9},    {3, 2, 9},    {65, 2, 1023},
     {3, 2, 1024}, {2, 5, 1025}, {1, 2, 16385}, {2, 1, 40000}, {150, 700, 1}, {70, 11, 130}};
 
-// Prints what is wrong, the first few times, and keeps count.
-void wrong(const std::string& what);
-
+// What is not as expected is counted, and printed the first few times.
 void expect(bool right, const std::string& what);
 void expect_near(double got, double want, const std::string& what);
 // `scale`: no smaller than any term of the sums that elements were made of; `roundings`: to the dtype.

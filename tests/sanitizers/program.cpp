@@ -15,11 +15,11 @@ namespace {
 
 int wrong_so_far = 0;
 
-}  // namespace
-
 void wrong(const std::string& what) {
   if (++wrong_so_far <= 20) std::cout << "wrong: " << what << "\n";
 }
+
+}  // namespace
 
 void expect(bool right, const std::string& what) {
   if (!right) wrong(what);
