@@ -19,11 +19,13 @@ BIN := $(VENV)/bin
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test bench gpu-check build lint format clean
+.PHONY: help demo test sanitize bench gpu-check build lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build and run all tests"
+	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
+	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"
 	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
 	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
@@ -39,6 +41,10 @@ test: build
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
 	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal
+
+# Needs torch and the tests, but nothing of the ordinary build: it compiles all of it under sanitizers.
+sanitize: $(VENV)/installed
+	$(BIN)/python -m tests.sanitizers
 
 bench: build
 	@for piece in sgd penalty clip dropout; do \

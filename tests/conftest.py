@@ -1,8 +1,9 @@
 """Fixtures for all tests, and which compiled part they run on.
 
-REGFUSED_TEST_EXTENSION=path loads another one, such as the one with emulated CUDA kernels (``python -m
-tests.emulated_cuda``). REGFUSED_TEST_DEVICE=cuda puts the tensors that tests make on a GPU. REGFUSED_TEST_EXAMPLES=1000
-has tests of properties try that many random examples, others each time; without it they are few and the same.
+REGFUSED_TEST_EXTENSION=path loads another one: with emulated CUDA kernels (``python -m tests.emulated_cuda``), or
+under sanitizers (``python -m tests.sanitizers``). REGFUSED_TEST_DEVICE=cuda puts the tensors that tests make on a GPU.
+REGFUSED_TEST_EXAMPLES=1000 has tests of properties try that many random examples, others each time; without it they
+are few and the same.
 """
 
 import importlib.util
@@ -36,16 +37,18 @@ hypothesis.settings.load_profile("regfused")
 if OTHER_DEVICE:
     torch.set_default_device(OTHER_DEVICE)
 
+from sgd_cases import ON_CUDA_KERNELS  # noqa: E402
+
 import regfused  # noqa: E402
 from regfused import extension  # noqa: E402
 
 ISAS = extension.C.build_info()["isas"] if extension.C else []
-if OTHER_EXTENSION or OTHER_DEVICE:
+if ON_CUDA_KERNELS:
     ISAS = ISAS[-1:]
 
 
 def pytest_collection_modifyitems(items):
-    if OTHER_EXTENSION or OTHER_DEVICE:
+    if ON_CUDA_KERNELS:
         for item in items:
             if item.get_closest_marker("cpu"):
                 item.add_marker(pytest.mark.skip(reason="about the CPU"))

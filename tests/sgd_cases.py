@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
@@ -16,6 +17,9 @@ DEVICE = torch.get_default_device().type
 # Whether the CUDA kernels do the steps: on a GPU, or emulated on the host, for tensors on the CPU.
 EMULATED = regfused.build_info().get("cuda") == "emulated"
 ON_CUDA_KERNELS = DEVICE == "cuda" or EMULATED
+
+# Whether AddressSanitizer is in this process.
+UNDER_ADDRESS_SANITIZER = hasattr(ctypes.CDLL(None), "__asan_init")
 
 BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 
