@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from regfused import extension
+from regfused import extension, openmp
 
 
 class BuildInfo(dict[str, Any]):
@@ -25,7 +25,8 @@ def build_info() -> BuildInfo:
         A dictionary that prints as a table: ``regfused``, ``torch`` and ``python`` (versions that run), ``compiled``
         (True, or why the compiled part is not used), ``threads``, and where it is compiled ``built for torch``,
         ``compiler``, ``isa`` (in use; the environment variable ``REGFUSED_ISA`` chooses another), ``isas`` (that this
-        machine runs) and ``cuda`` (toolkit and architectures of the CUDA kernels, or "not built").
+        machine runs) and ``cuda`` (toolkit and architectures of the CUDA kernels, or "not built"). ``openmp`` has the
+        runtimes in the process now: where there are several, their threads compete for the processor.
 
     Raises:
         RuntimeError: where ``REGFUSED_ISA`` asks for what this machine does not run.
@@ -50,4 +51,7 @@ def build_info() -> BuildInfo:
             "cuda": built["cuda"] or "not built",
         }
     info["threads"] = torch.get_num_threads()
+    info["openmp"] = ", ".join(openmp.runtimes()) or "unknown"
+    if openmp.conflict():
+        info["openmp"] += f" ({openmp.conflict()})"
     return info

@@ -2,24 +2,83 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import struct
+import sys
 import warnings
 from types import ModuleType
 
 import torch
 
+from regfused import openmp
+
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# What Python asks of the compiled part. One that lacks any of it was built from other sources.
+_OFFERS = {
+    "": ("TORCH_VERSION", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "penalty", "takes"),
+    "SgdPlan": (
+        "clip_coef",
+        "count",
+        "judge",
+        "leftover",
+        "needs_norm",
+        "norm",
+        "numbers",
+        "step",
+        "tensors",
+        "update",
+    ),
+}
 
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
+        broken = _why_incomplete()
+        if broken:
+            return None, broken
         from regfused import _C  # type: ignore[attr-defined]
-    except ImportError as error:
+    except Exception as error:  # a damaged file may fail in any way
         return None, f"it cannot be imported ({error})"
+    for owner, names in _OFFERS.items():
+        for name in names:
+            if not hasattr(getattr(_C, owner, _C), name):
+                return (
+                    None,
+                    f"it was built from other sources of regfused: it has no {'.'.join(filter(None, (owner, name)))}",
+                )
     built = str(_C.TORCH_VERSION).split("+")[0]
     running = torch.__version__.split("+")[0]
     if built != running:
         return None, f"it was built for torch {built}, and this is torch {running}"
     return _C, ""
+
+
+def _why_incomplete() -> str:
+    """Why the file of the compiled part cannot be whole, or an empty string.
+
+    The system maps a file that was cut off, and ends the process when something reads beyond its end.
+    """
+    if "regfused._C" in sys.modules:
+        return ""
+    spec = importlib.util.find_spec("regfused._C")
+    if spec is None or spec.origin is None:
+        return ""
+    with open(spec.origin, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(64)
+        if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:  # 64 bits, little-endian
+            return ""
+        table, entry_size, count = struct.unpack("<32xQ14xHH6x", header)
+        file.seek(table)
+        segments = file.read(entry_size * count)
+    needed = table + entry_size * count
+    if needed <= size:
+        for at in range(0, entry_size * count, entry_size):
+            offset, in_file = struct.unpack_from("<8xQ16xQ", segments, at)
+            needed = max(needed, offset + in_file)
+    return f"{spec.origin} is damaged or cut off: it has {size} bytes of {needed}" if needed > size else ""
 
 
 #: ``regfused._C``, or None where it is missing or was built for another torch; then `why_missing` says why.
@@ -33,6 +92,9 @@ if C is None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+if openmp.conflict():
+    warnings.warn(f"regfused: {openmp.conflict()}", RuntimeWarning, stacklevel=2)
 
 DEVICES = () if C is None else ("cpu", "cuda") if C.CUDA else ("cpu",)
 

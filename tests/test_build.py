@@ -4,6 +4,7 @@ import doctest
 import glob
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,94 @@ print(regfused.build_info()["compiled"])
     assert run.returncode == 0, run.stderr
     assert "it was built for torch" in run.stdout and "and this is torch 9.9.9" in run.stdout
     assert "regfused runs in pure PyTorch" in run.stderr
+
+
+def _copy_of_the_package(folder) -> Path:
+    """A copy of regfused whose compiled part can be damaged; the path of that."""
+    package = Path(regfused.__file__).parent
+    shutil.copytree(package, folder / "regfused", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "regfused" / Path(extension.C.__file__).name
+
+
+def _import_copy(folder) -> subprocess.CompletedProcess:
+    return _python(f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import regfused, torch
+assert regfused.__file__.startswith({str(folder)!r})
+p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+regfused.SGD([p], lr=0.5, momentum=0.9).step()
+assert torch.equal(p, torch.full((3,), 0.5)), p
+print(regfused.build_info()["compiled"])
+""")
+
+
+@pytest.mark.parametrize(
+    "kept, message",
+    [
+        (0, "file too short"),
+        (500, "is damaged or cut off: it has 500 bytes of"),
+        (0.5, "is damaged or cut off: it has"),
+        ("noise", "is damaged or cut off|cannot be imported"),
+        ("text", "cannot be imported .*invalid ELF header"),
+    ],
+    ids=str,
+)
+def test_a_corrupt_compiled_part(tmp_path, kept, message):
+    library = _copy_of_the_package(tmp_path)
+    whole = library.read_bytes()
+    if kept == "noise":
+        library.write_bytes(whole[:64] + bytes(range(256)) * 12 + whole[64 + 256 * 12 :])
+    elif kept == "text":
+        library.write_bytes(b"version https://git-lfs.example/spec\n" * 20)
+    else:
+        library.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    run = _import_copy(tmp_path)
+    assert run.returncode == 0, (run.returncode, run.stderr)
+    assert re.search(message, run.stdout), run.stdout
+    assert "regfused runs in pure PyTorch" in run.stderr and "pip install --no-build-isolation" in run.stderr
+
+
+def test_a_stale_compiled_part(tmp_path):
+    # What Python asks for and an older build does not have.
+    _copy_of_the_package(tmp_path)
+    source = tmp_path / "regfused" / "extension.py"
+    source.write_text(source.read_text().replace('"judge",', '"judge", "of_tomorrow",'))
+    run = _import_copy(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "it was built from other sources of regfused: it has no SgdPlan.of_tomorrow" in run.stdout
+    assert "regfused runs in pure PyTorch" in run.stderr and "setup.py build_ext --inplace" in run.stderr
+
+
+def test_python_asks_for_nothing_that_is_not_checked():
+    # The list in extension.py against what the package's files name.
+    used = set()
+    for path in Path(regfused.__file__).parent.glob("*.py"):
+        used |= set(re.findall(r"\bC\.([A-Za-z_]+)", path.read_text()))
+    assert used - {"__file__"} <= set(extension._OFFERS[""])
+    plan = set(re.findall(r"\bplan\.([a-z_]+)", (Path(regfused.__file__).parent / "sgd.py").read_text()))
+    assert plan | {"numbers"} == set(extension._OFFERS["SgdPlan"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
+@pytest.mark.parametrize("name, warns", [("libiomp5.so", True), ("libgomp-a1b2.so.1", False)])
+def test_two_openmp_runtimes_are_noticed(tmp_path, name, warns):
+    other = tmp_path / name
+    source = tmp_path / "runtime.cpp"
+    source.write_text("int nothing;")
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", other, source], check=True)
+    run = _python(f"""
+import ctypes
+ctypes.CDLL({str(other)!r})
+import regfused
+print(regfused.build_info())
+""")
+    assert run.returncode == 0, run.stderr
+    row = next(line for line in run.stdout.splitlines() if line.startswith("openmp"))
+    assert str(other) in row and row.count(".so") >= 2
+    assert ("OpenMP runtimes of GNU and LLVM are in one process" in run.stderr) == warns
+    assert ("which may hang or crash" in row) == warns
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
