@@ -192,6 +192,7 @@ def test_interrupt_before_any_line(name, whole):
         # A bytecode before the outermost try, or after it, is out of its reach.
         if not interrupt.came_in(type(training.optimizer).step):
             assert not {"grad_scale", "found_inf"} & training.optimizer.__dict__.keys(), interrupt.where()
+        assert torch.is_grad_enabled(), interrupt.where()
         training.disarm()
         assert_whole_or_nothing(training, whole, interrupt.where())
     assert 50 < length < 10_000

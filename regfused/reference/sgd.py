@@ -140,18 +140,21 @@ class SGD(torch.optim.SGD):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper of ``step``, which runs the hooks; and where any of it raises, AMP leaves nothing behind.
+        """torch's wrapper of ``step``, which runs the hooks; and where any of it raises, nothing is left behind.
 
         ``torch.amp.GradScaler`` takes ``grad_scale`` and ``found_inf`` back only after a step that returned, and would
-        multiply the next scale by the one that it finds.
+        multiply the next scale by the one that it finds. An interrupt that comes while torch switches autograd off or
+        on would leave it so.
         """
         with_hooks = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(with_hooks)
         def step(self: SGD, *args: Any, **kwargs: Any) -> Any:
+            with_grad = torch.is_grad_enabled()
             try:
                 return with_hooks(self, *args, **kwargs)
             except BaseException:
+                torch.set_grad_enabled(with_grad)
                 self.__dict__.pop("grad_scale", None)
                 self.__dict__.pop("found_inf", None)
                 raise
