@@ -21,7 +21,10 @@ from benchmarks import cuda_timing, gpu_facts, launches, report, sanitizer, stag
 
 GPU_TESTS = "tests/test_sgd_gpu.py"
 # What does not depend on the device, and takes long.
-OTHER_TESTS = ("tests/test_bench.py", "tests/test_demo.py", "tests/test_gpu_check.py")
+OTHER_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("bench", "build", "demo", "determinism", "gpu_check", "guarantees", "sgd_atomic")
+)
 # All files that there are: a new one needs no word here.
 DEVICE_TESTS = ["tests", *(f"--ignore={file}" for file in (GPU_TESTS, *OTHER_TESTS))]
 REHEARSED_TESTS = "tests/test_penalties.py"

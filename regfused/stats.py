@@ -16,9 +16,10 @@ class Stats(NamedTuple):
                        NaN where neither ``max_norm`` nor ``nonfinite`` asked for it: it would cost a pass over the
                        gradients (``max_norm=math.inf`` measures and does not clip)
     ``clip_coef``      factor by which the clip scaled it; 0 for a step skipped by ``nonfinite="skip"``
-    ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step; without the group lasso
+    ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step; without the group lasso. Its
+                       last digits depend on the instruction set, for rows are added up in the type of arithmetic
     ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, after the step
-                       and the group lasso
+                       and the group lasso; parameters with a sparse gradient are not looked through
     ``skipped``        how many steps so far left no trace, by ``nonfinite="skip"`` or an AMP overflow
 
     ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped. Where CUDA kernels made the step,

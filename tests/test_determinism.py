@@ -21,7 +21,7 @@ STEPS = ("elastic net in the clip", "clip, norm 1", "clip, norm inf", "proximal 
 
 
 def _parameters(dtype):
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(11)
     params = make_params(SHAPES, dtype, generator)
     give_grads(params, generator)
     return params
@@ -80,7 +80,7 @@ def fingerprints(names=tuple(WORK), dtypes=DTYPES) -> dict[str, str]:
         for dtype in dtypes:
             digest = hashlib.sha256()
             for tensor in WORK[name](dtype):
-                digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
             prints[f"{name}, {dtype}"] = digest.hexdigest()
     return prints
 
@@ -158,7 +158,7 @@ def test_repeated_runs(threads):
 @pytest.mark.parametrize("size", (33, 16385, 1_000_003))
 def test_error_of_a_norm(dtype, size):
     """Another order of additions than torch's, or than that of another device, gives other last bits: how many."""
-    generator = torch.Generator().manual_seed(size)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(size)
     p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
     p.grad = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
     optimizer = regfused.SGD([p], lr=0.1, max_norm=math.inf)

@@ -286,6 +286,18 @@ def test_half_parameters(make, fused, dtype):
         torch.testing.assert_close(p.detach(), w, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@BOTH
+def test_a_parameter_listed_twice_is_unscaled_once(make):
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.full_like(p, 4.0)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = make([p, p], lr=0.1)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(p.grad, torch.full_like(p, 2.0))
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 1 - 2 * 0.2))
+
+
 def test_kernels_and_reference_agree_under_a_scaler():
     models = [_model(), _model()]
     optimizers = [

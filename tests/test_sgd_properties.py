@@ -8,13 +8,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import assume, given, note, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from sgd_cases import DTYPES, assert_params_equal
 
 import regfused
 from regfused import reference
+
+pytest.importorskip("hypothesis", reason="makes the examples")
+
+from hypothesis import assume, given, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 ISAS = regfused.build_info()["isas"].split(", ")
 

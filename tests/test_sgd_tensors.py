@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sgd_cases import assert_params_equal, copy_params, give_grads, make_params, share_grads
+from sgd_cases import BOTH, assert_params_equal, copy_params, give_grads, make_params, share_grads
 
 import regfused
 
@@ -88,6 +88,24 @@ def test_sparse_gradients_as_torch(momentum):
             embedding(index).square().sum().backward()
             optimizer.step()
         assert_params_equal(embeddings[0].parameters(), embeddings[1].parameters(), atol=1e-6)
+
+
+@BOTH
+def test_dense_gradients_after_sparse_ones(make):
+    # torch cannot add them to the sparse momentum buffer.
+    p = torch.nn.Parameter(torch.randn(10, 3))
+    optimizer = make([p], lr=0.1, momentum=0.9)
+    buffer, want = torch.zeros(10, 3), p.detach().clone()
+    for step in range(4):
+        grad = torch.randn(10, 3)
+        if step in (0, 1, 3):
+            grad[2:] = 0
+        p.grad = grad.to_sparse(1) if step in (0, 1, 3) else grad
+        buffer = 0.9 * buffer + grad
+        want -= 0.1 * buffer
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=1e-6)
+    assert optimizer.state[p]["momentum_buffer"].layout == torch.strided
 
 
 def test_parameters_sharing_memory_and_listed_twice():
