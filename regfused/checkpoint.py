@@ -59,7 +59,7 @@ def _check_group(place: str, group: Any, own: dict[str, Any]) -> None:
     count = len(own["params"])
     if len(group["params"]) != count:
         raise ValueError(
-            f"{place} doesn't match the size of the optimizer's group: {len(group['params'])} parameters, "
+            f"{place} doesn't match the size of optimizer's group: {len(group['params'])} parameters, "
             f"where that has {count}"
         )
     if "param_names" in group:
