@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from sgd_cases import BOTH, DEVICE, assert_params_equal, copy_params, give_grads, make_params, share_grads
+from sgd_cases import (
+    BOTH,
+    DEVICE,
+    ON_CUDA_KERNELS,
+    assert_params_equal,
+    copy_params,
+    give_grads,
+    make_params,
+    share_grads,
+)
 
 import regfused
 
@@ -39,7 +48,9 @@ def _assert_untouched(optimizer, look):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     now = _look(optimizer)
     assert_params_equal(params, look[0])
-    assert now[1].keys() == look[1].keys() and now[2] == look[2]
+    assert now[1].keys() == look[1].keys()
+    # Where a device decides about the step, the host does not learn that nothing was written.
+    assert now[2] == look[2] or ON_CUDA_KERNELS
     for entry, other in zip(now[1].values(), look[1].values(), strict=True):
         assert torch.equal(entry["momentum_buffer"], other["momentum_buffer"])
 
