@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ DEVICE = torch.get_default_device().type
 # Whether the CUDA kernels do the steps: on a GPU, or emulated on the host, for tensors on the CPU.
 EMULATED = regfused.build_info().get("cuda") == "emulated"
 ON_CUDA_KERNELS = DEVICE == "cuda" or EMULATED
+
+# Whether the compiled part is not the ordinary one, but emulates a device or is under sanitizers.
+OTHER_EXTENSION = os.environ.get("REGFUSED_TEST_EXTENSION")
 
 # Whether AddressSanitizer is in this process.
 UNDER_ADDRESS_SANITIZER = hasattr(ctypes.CDLL(None), "__asan_init")

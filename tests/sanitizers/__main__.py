@@ -28,7 +28,6 @@ TESTS = ("test_sgd_*.py", "test_penalty.py", "test_clip_grad_norm.py", "test_dro
 LEFT_OUT = (
     *("test_sgd_cuda", "test_sgd_gpu"),  # all of it would be skipped
     "test_sgd_contract",  # what torch asks of Python; too long for what it runs of the kernels
-    "reference",  # nothing of it is compiled
     *("fsdp2", "in_the_rules"),  # these run processes that have other code
     "(test_sgd_parity and same_bits)",  # the program does that in less time
 )
