@@ -218,7 +218,7 @@ def _assert_same_look(look, other):
 def test_refused(make, name):
     change, message = REFUSED[name]
     params, optimizer = _trained(make)
-    twins, undisturbed = copy_params(params), copy.deepcopy(optimizer)
+    undisturbed = copy.deepcopy(optimizer)
     twins = [p for group in undisturbed.param_groups for p in group["params"]]
     saved = copy.deepcopy(optimizer.state_dict())
     change(saved, params)
