@@ -181,8 +181,10 @@ def test_one_optimizer_in_two_threads(threads):
     optimizer = regfused.SGD([p], lr=1.0, max_norm=math.inf)
     optimizer.step()
     done, refused = [], []
+    together = threading.Barrier(3)
 
     def work():
+        together.wait()
         for _ in range(50):
             try:
                 optimizer.step()
