@@ -165,7 +165,8 @@ class SGD(torch.optim.SGD):
         """Perform one step; see the class for the formula.
 
         It happens whole or not at all: after an error, or an interrupt, parameters and state are those of before (or,
-        where an interrupt came after the last write, those of after).
+        where an interrupt came after the last write, those of after). Not promised of tensor subclasses, of several
+        sparse gradients in pure PyTorch, and with ``differentiable=True``.
 
         Args:
             closure: reevaluates the model and returns the loss.

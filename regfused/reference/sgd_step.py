@@ -117,7 +117,7 @@ class Update:
     """Everything that a step will write: the new parameters and momentum buffers.
 
     It is formed whole, beside the old ones, before the first tensor changes: what raises until then, or interrupts, has
-    changed nothing. `commit` then writes all of it, in one call of torch.
+    changed nothing. `commit` then writes all of it, plain dense tensors in one call of torch.
 
     Args:
         entries: as collected.
