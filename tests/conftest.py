@@ -74,6 +74,29 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _modes_as_found():
+    """A test that leaves one of torch's modes switched fails itself, not the tests after it."""
+
+    def look():
+        return {
+            "autograd": torch.is_grad_enabled(),
+            "__torch_function__": torch._C._is_torch_function_enabled(),
+            "modes of __torch_function__": torch._C._len_torch_function_stack(),
+            "modes of __torch_dispatch__": torch._C._len_torch_dispatch_stack(),
+            "autocast": [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+            "default dtype": torch.get_default_dtype(),
+            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        }
+
+    before = look()
+    yield
+    after = look()
+    torch.set_grad_enabled(before["autograd"])
+    torch._C._set_torch_function_state(torch._C._TorchFunctionState.ENABLED)
+    assert after == before
+
+
 @pytest.fixture
 def threads():
     """Restores the number of threads."""

@@ -1,6 +1,7 @@
 """A step happens whole or not at all, wherever an error or an interrupt comes; and the next step is right."""
 
 import gc
+import os
 import random
 import signal
 import sys
@@ -141,14 +142,16 @@ class _Interrupt:
     """
 
     WRITERS = ("step", "_step", "_step_in_torch", "_step_with_leftovers", "commit", "_write_in_torch", "__hash__")
-    FILES = ("/regfused/", "/torch/optim/", "/torch/_tensor.py")
+    # Whole paths: this checkout may lie in a folder of any name, and its environment with torch in this checkout.
+    FILES = tuple(os.path.dirname(module.__file__) + os.sep for module in (regfused, torch.optim))
+    FILES += (torch._tensor.__file__,)
 
     def __init__(self, n):
         self.left = n
         self.frame = None
 
     def __call__(self, frame, event, arg):
-        if not any(name in frame.f_code.co_filename for name in self.FILES):
+        if not frame.f_code.co_filename.startswith(self.FILES):
             return None
         frame.f_trace_opcodes = frame.f_code.co_name in self.WRITERS
         if event == ("opcode" if frame.f_trace_opcodes else "line"):
