@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def default_architectures() -> str:
     return " ".join(wanted) + "+PTX"
 
 
+def folder_with_digest() -> str:
+    """The folder of a header that names the sources, for csrc/sources.cpp. It is written only where it changes."""
+    header = Path("build", "include", "regfused_sources_digest.h")
+    text = f'#define REGFUSED_SOURCES_DIGEST "{runpy.run_path("regfused/sources.py")["digest"](Path.cwd())}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return str(header.parent.absolute())
+
+
 sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 flags = [
@@ -119,6 +130,8 @@ else:
             "-lpthread",
             "-Wl,--exclude-libs,libcudart_static.a",
         ]
+
+extension.include_dirs.append(folder_with_digest())
 
 setup(
     ext_modules=[extension],

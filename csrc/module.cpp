@@ -10,6 +10,7 @@
 #include "penalty_ops.h"
 #include "python_values.h"
 #include "sgd_plan.h"
+#include "sources.h"
 #include "tensor_check.h"
 
 namespace regfused {
@@ -70,6 +71,7 @@ py::custom_type_setup collected() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of regfused.";
   m.attr("TORCH_VERSION") = TORCH_VERSION;
+  m.attr("SOURCES") = sources_digest();
   m.attr("CUDA") = cuda_built();
   m.def("build_info", &build_info);
   m.def("clip_grad_norm", &clip_grad_norm);

@@ -7,17 +7,20 @@ import os
 import struct
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from regfused import openmp
+from regfused import openmp, sources
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_CHECKOUT = Path(__file__).parent.parent  # or wherever else the package lies
+
 # What Python asks of the compiled part. One that lacks any of it was built from other sources.
 _OFFERS = {
-    "": ("TORCH_VERSION", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "penalty", "takes"),
+    "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "penalty", "takes"),
     "SgdPlan": (
         "clip_coef",
         "count",
@@ -48,6 +51,8 @@ def _load() -> tuple[ModuleType | None, str]:
                     None,
                     f"it was built from other sources of regfused: it has no {'.'.join(filter(None, (owner, name)))}",
                 )
+    if _C.SOURCES and sources.digest(_CHECKOUT) not in ("", _C.SOURCES):
+        return None, f"it was built from other sources of regfused than those in {_CHECKOUT / 'csrc'}"
     built = str(_C.TORCH_VERSION).split("+")[0]
     running = torch.__version__.split("+")[0]
     if built != running:

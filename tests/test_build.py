@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sgd_cases import OTHER_EXTENSION
 
 import regfused
 from regfused import extension
+
+ROOT = Path(__file__).parents[1]
 
 
 def _python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -128,6 +131,34 @@ def test_a_stale_compiled_part(tmp_path):
     assert "regfused runs in pure PyTorch" in run.stderr and "setup.py build_ext --inplace" in run.stderr
 
 
+@pytest.mark.skipif(OTHER_EXTENSION is not None, reason="built by the tests")
+@pytest.mark.parametrize("change", ("nothing", "a line", "another file", "a name", "no checkout"))
+def test_a_compiled_part_of_older_sources(tmp_path, change):
+    _copy_of_the_package(tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "setup.py").touch()
+    rule = tmp_path / "csrc" / "sgd_rule.h"
+    # Not compiled: what editors, compilers and people leave there.
+    (tmp_path / "csrc" / ".#sgd_rule.h").symlink_to("nowhere")
+    (tmp_path / "csrc" / "notes.txt").touch()
+    if change == "a line":
+        rule.write_text(rule.read_text() + "\n")
+    elif change == "another file":
+        (tmp_path / "csrc" / "cpu" / "new.cpp").touch()
+    elif change == "a name":
+        rule.rename(rule.with_name("rule_sgd.h"))
+    elif change == "no checkout":
+        rule.unlink()
+        (tmp_path / "setup.py").unlink()
+    run = _import_copy(tmp_path)
+    assert run.returncode == 0, run.stderr
+    if change in ("nothing", "no checkout"):
+        assert run.stdout.strip() == "True" and not run.stderr
+    else:
+        assert f"it was built from other sources of regfused than those in {tmp_path / 'csrc'}" in run.stdout
+        assert "regfused runs in pure PyTorch" in run.stderr and "setup.py build_ext --inplace" in run.stderr
+
+
 def test_python_asks_for_nothing_that_is_not_checked():
     # The list in extension.py against what the package's files name.
     used = set()
@@ -176,7 +207,7 @@ print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "omp" in l
 @pytest.mark.parametrize("isa", ("plain", "avx2", "avx512"))
 def test_kernels_leave_no_code_for_the_linker_to_share(isa):
     # A weak symbol of an AVX-512 object may become the copy that every other file calls.
-    objects = glob.glob(str(Path(__file__).parents[1] / "build" / "*" / "csrc" / "cpu" / f"isa_{isa}.o"))
+    objects = glob.glob(str(ROOT / "build" / "*" / "csrc" / "cpu" / f"isa_{isa}.o"))
     if not objects:
         pytest.skip("no object files: not a build from this checkout")
     for path in objects:

@@ -21,7 +21,9 @@ SOURCES = [
     *sorted((CSRC / "cuda").glob("*.cu")),
     *sorted(path for path in (CSRC / "cuda").glob("*.cpp") if path.stem != "stream"),
     *sorted(HERE.glob("*.cpp")),
+    CSRC / "sources.cpp",  # the ordinary build's is about its own kernels
 ]
+REPLACED = ("devices", "sources")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 # As the CPU's kernels: no contraction of a*b + c, and neither does nvcc.
 FLAGS += ["-ffp-contract=off", "-fvisibility=hidden", *compiled.ADDRESS]
@@ -29,7 +31,7 @@ FLAGS += ["-ffp-contract=off", "-fvisibility=hidden", *compiled.ADDRESS]
 
 def build() -> Path:
     """The emulated extension, compiled anew where a source is newer."""
-    kept = [path for path in BUILD.glob("csrc/**/*.o") if path.stem != "devices" and path.parent.name != "cuda"]
+    kept = [path for path in BUILD.glob("csrc/**/*.o") if path.stem not in REPLACED and path.parent.name != "cuda"]
     if not kept:
         raise RuntimeError(f"there are no object files in {BUILD}: python setup.py build_ext --inplace makes them")
     flags = ("-x", "c++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", *compiled.torch_includes())
