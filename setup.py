@@ -132,6 +132,8 @@ else:
         ]
 
 extension.include_dirs.append(folder_with_digest())
+# A source distribution holds the headers, and the CUDA kernels whatever this torch is built for.
+extension.depends += sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file())
 
 setup(
     ext_modules=[extension],

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,23 @@ def test_python_asks_for_nothing_that_is_not_checked():
     assert used - {"__file__"} <= set(extension._OFFERS[""])
     plan = set(re.findall(r"\bplan\.([a-z_]+)", (Path(regfused.__file__).parent / "sgd.py").read_text()))
     assert plan | {"numbers"} == set(extension._OFFERS["SgdPlan"])
+
+
+def test_a_source_distribution_holds_all_sources(tmp_path):
+    checkout = tmp_path / "checkout"
+    for name in ("csrc", "regfused"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path / "dist"]
+    subprocess.run(command, cwd=checkout, env={**os.environ, "REGFUSED_CUDA": "0"}, check=True, timeout=120)
+    (distribution,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(distribution) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [path for folder in ("csrc", "regfused") for path in (ROOT / folder).rglob("*") if path.suffix != ".so"]
+    needed = {str(path.relative_to(ROOT)) for path in needed if path.is_file() and path.parent.name != "__pycache__"}
+    assert len(needed) > 100
+    assert needed <= held, needed - held
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
