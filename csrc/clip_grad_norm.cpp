@@ -57,7 +57,7 @@ py::object clip_grad_norm(const py::list& params, double norm_type, std::optiona
     at::ScalarType dtype = grads.front().scalar_type();
     for (const at::Tensor& grad : grads) {
       all.add(grad);
-      if (grad.scalar_type() != dtype) dtype = at::promote_types(dtype, grad.scalar_type());
+      if (grad.scalar_type() != dtype) dtype = c10::promoteTypes(dtype, grad.scalar_type());
     }
     norm = max_norm ? all.clip(type, *max_norm, finite) : all.norm(type);
     if (finite) {

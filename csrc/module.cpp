@@ -12,6 +12,7 @@
 #include "sgd_plan.h"
 #include "sources.h"
 #include "tensor_check.h"
+#include "watch.h"
 
 namespace regfused {
 namespace {
@@ -79,6 +80,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
         py::call_guard<py::gil_scoped_release>());
   m.def("takes", &takes);
+  m.def("is_watched", &is_watched);
   py::class_<SgdPlan>(m, "SgdPlan", collected())
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)

@@ -1,0 +1,43 @@
+// Whether somebody watches what tensors are asked to do.
+#include "watch.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/PyInterpreter.h>
+
+namespace regfused {
+
+namespace py = pybind11;
+
+namespace {
+
+// What modes, tracers and transforms put among the keys of their thread.
+constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::PreDispatch,
+                                         c10::DispatchKey::Tracer, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::VmapMode, c10::DispatchKey::FuncTorchVmapMode,
+                                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+
+// torch.set_default_device is a TorchFunctionMode, too. It only adds a device to calls that make tensors.
+bool is_default_device(const c10::SafePyObject& mode) {
+  static PyObject* const type =
+      py::object(py::module_::import("torch.utils._device").attr("DeviceContext")).release().ptr();
+  return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr(getPyInterpreter()))) == type;
+}
+
+bool any_function_mode() {
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i)
+    if (!is_default_device(*at::impl::PythonTorchFunctionTLS::get_stack_at(i))) return true;
+  return false;
+}
+
+}  // namespace
+
+bool is_watched() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return (keys.included_ - keys.excluded_).has_any(kWatchers) || any_function_mode();
+}
+
+}  // namespace regfused
