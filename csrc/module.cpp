@@ -44,29 +44,6 @@ std::vector<bool> takes(const std::vector<at::Tensor>& tensors) {
   return taken;
 }
 
-// The plan inside of a Python object, or nullptr while it is being made.
-SgdPlan* plan_in(PyObject* self) {
-  auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return holder.holder_constructed() ? holder.value_ptr<SgdPlan>() : nullptr;
-}
-
-// Plans take part in garbage collection: see SgdPlan::traverse.
-py::custom_type_setup collected() {
-  return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
-    PyTypeObject* type = &heap_type->ht_type;
-    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-      Py_VISIT(Py_TYPE(self));
-      SgdPlan* plan = plan_in(self);
-      return plan ? plan->traverse(visit, arg) : 0;
-    };
-    type->tp_clear = [](PyObject* self) {
-      if (SgdPlan* plan = plan_in(self)) plan->clear();
-      return 0;
-    };
-  });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -81,13 +58,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("takes", &takes);
   m.def("is_watched", &is_watched);
-  py::class_<SgdPlan>(m, "SgdPlan", collected())
+  py::class_<SgdPlan>(m, "SgdPlan")
       .def(py::init<py::function>(), py::arg("check"))
       .def("step", &SgdPlan::step)
       .def("norm", &SgdPlan::norm)
       .def("judge", &SgdPlan::judge)
       .def("update", &SgdPlan::update)
-      .def("count", &SgdPlan::count)
+      .def("release", &SgdPlan::release)
       .def_property_readonly("tensors", &SgdPlan::tensors)
       .def_property_readonly("needs_norm", &SgdPlan::needs_norm)
       .def_readonly("leftover", &SgdPlan::leftover)

@@ -49,17 +49,22 @@ at::Tensor number_on_device(PyObject* value) {
   return usable ? tensor : at::Tensor();
 }
 
+bool is_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) ||
+         PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
 bool is_plain(PyObject* tensor) {
-  static const auto* const plain = [] {
-    auto* types = new std::vector<py::object>;  // outlives the interpreter's end
-    types->push_back(py::module_::import("torch").attr("Tensor"));
-    types->push_back(py::module_::import("torch.nn").attr("Parameter"));
-    types->push_back(py::module_::import("torch.nn").attr("Buffer"));
-    return types;
-  }();
-  for (const py::object& type : *plain)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == type.ptr()) return true;
-  return false;
+  if (THPVariable_CheckExact(tensor)) return true;
+  static PyObject* const function = interned("__torch_function__");
+  static PyObject* const dispatch = interned("__torch_dispatch__");
+  const auto of_tensor = [](PyObject* name) {
+    return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(THPVariableClass), name);
+  };
+  PyObject* const own = _PyType_Lookup(Py_TYPE(tensor), function);
+  return (own == of_tensor(function) ||
+          own == _PyType_Lookup(reinterpret_cast<PyTypeObject*>(ParameterClass), function)) &&
+         _PyType_Lookup(Py_TYPE(tensor), dispatch) == of_tensor(dispatch);
 }
 
 }  // namespace regfused

@@ -18,7 +18,11 @@ double number(PyObject* value);
 // A plain 1-element tensor whose value the host would have to wait for; otherwise an undefined one.
 at::Tensor number_on_device(PyObject* value);
 
-// Whether a tensor's class is torch.Tensor, Parameter or Buffer: another may mean something by itself.
+// Whether this is a torch.Tensor or of a class derived from it; no word of Python runs.
+bool is_tensor(PyObject* object);
+
+// Whether a tensor's class is torch.Tensor, Parameter, Buffer, or one derived from them that has neither
+// __torch_function__ nor __torch_dispatch__ of its own: what lies in its memory is all there is.
 bool is_plain(PyObject* tensor);
 
 }  // namespace regfused

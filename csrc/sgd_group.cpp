@@ -71,9 +71,32 @@ bool is_text(PyObject* value, const char* text) {
 
 bool is_strength(double x) { return std::isfinite(x) && x >= 0; }
 
+// Whether such a value never changes and holds no memory but its own.
+bool is_plain_value(PyObject* value) {
+  return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+         PyUnicode_CheckExact(value);
+}
+
 bool is_on(PyObject* value) { return value != Py_None && PyObject_IsTrue(value) == 1; }
 
 }  // namespace
+
+void SgdGroup::hold(PyObject* group) {
+  static PyObject* const key = interned("params");
+  dict = py::reinterpret_borrow<py::object>(group);
+  PyObject* found = lookup(group, key);
+  TORCH_CHECK_TYPE(found, "regfused.SGD.step: a parameter group must have 'params'");
+  // A list or a tuple as it is, a new list of anything else.
+  params = py::reinterpret_steal<py::object>(PySequence_Fast(found, "regfused.SGD.step: 'params' must be iterable"));
+  if (!params) throw py::error_already_set();
+  // What can be gone through once would be empty at the next step.
+  if (PyIter_Check(found) && PyDict_SetItem(group, key, params.ptr()) != 0) throw py::error_already_set();
+}
+
+void SgdGroup::release() {
+  dict = params = py::object();
+  device_lr = at::Tensor();
+}
 
 SgdGroup::Read SgdGroup::read() {
   static_assert(kCount == kOptions);
@@ -128,23 +151,14 @@ SgdGroup::Read SgdGroup::read() {
   kernels = (demanded || value[kFused] == Py_None) && !is_on(value[kForeach]) && !is_on(value[kDifferentiable]);
 
   reread_ = false;
-  for (int option = 0; option < kCount; ++option) {
-    values_[option] = py::reinterpret_borrow<py::object>(value[option]);
-    reread_ |= THPVariable_Check(value[option]);
-  }
+  for (int option = 0; option < kCount; ++option)
+    values_[option] = is_plain_value(value[option]) ? py::reinterpret_borrow<py::object>(value[option]) : py::object();
   return Read::changed;
 }
 
 bool SgdGroup::read_lr() {
-  if (device_lr.defined()) hyper.lr = number(values_[kLr].ptr());
+  if (device_lr.defined()) hyper.lr = device_lr.item().toDouble();
   return is_strength(hyper.lr);
-}
-
-int SgdGroup::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(dict.ptr());
-  Py_VISIT(params.ptr());
-  for (const py::object& value : values_) Py_VISIT(value.ptr());
-  return 0;
 }
 
 }  // namespace regfused

@@ -15,8 +15,9 @@ struct SgdGroup {
   // odd: an option is not as it must be; Python's check knows the message.
   enum class Read { same, changed, odd };
 
+  // Within a step: the group, and a list or tuple of what is in dict["params"].
   pybind11::object dict;
-  pybind11::object params;  // the list in dict["params"]
+  pybind11::object params;
 
   SgdHyper hyper;
   int64_t group_dim = 0;  // as it was written: which tensors have it is the plan's to check
@@ -28,6 +29,10 @@ struct SgdGroup {
   Nonfinite nonfinite = Nonfinite::propagate;
   bool kernels = true;    // fused is not False, neither foreach nor differentiable
   bool demanded = false;  // fused=True
+
+  void hold(PyObject* group);
+  // Lets go of all that belongs to somebody else.
+  void release();
 
   // Reads the options, unless they are the very objects of the last time.
   Read read();
@@ -41,12 +46,11 @@ struct SgdGroup {
            nonfinite == other.nonfinite;
   }
 
-  int traverse(visitproc visit, void* arg) const;
-
  private:
   static constexpr int kOptions = 20;
+  // Numbers, strings, True, False and None of the last time; null for what may change or hold memory.
   std::array<pybind11::object, kOptions> values_;
-  bool reread_ = true;  // one of them is a tensor, whose value may change, or was refused
+  bool reread_ = true;  // something was refused
 };
 
 }  // namespace regfused

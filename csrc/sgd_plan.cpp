@@ -21,17 +21,18 @@ PyObject* momentum_buffer_key() {
   return key;
 }
 
-PyObject* params_key() {
-  static PyObject* const key = interned("params");
-  return key;
+// Whether the kernels can step with this momentum buffer; one of another layout or type is copied first.
+bool buffer_fits(PyObject* object, const at::Tensor& param) {
+  if (!is_tensor(object) || !is_plain(object)) return false;
+  const at::Tensor& buffer = THPVariable_Unpack(object);
+  return buffer.layout() == at::kStrided && buffer.device() == param.device() && buffer.is_floating_point() &&
+         buffer.sizes() == param.sizes();
 }
 
-// Whether the kernels can read this momentum buffer; one in other strides is copied first.
-bool buffer_fits(PyObject* object, const at::Tensor& param) {
-  if (!THPVariable_Check(object) || !is_plain(object)) return false;
-  const at::Tensor& buffer = THPVariable_Unpack(object);
-  return buffer.layout() == at::kStrided && buffer.device() == param.device() &&
-         buffer.scalar_type() == param.scalar_type() && buffer.sizes() == param.sizes() && !buffer.is_neg();
+// Whether what is at a known address is a tensor of the known class. An address of something that is gone may be
+// another object's.
+bool is_same(PyObject* object, PyObject* known, PyTypeObject* type) {
+  return object == known && Py_TYPE(object) == type && is_tensor(object);
 }
 
 }  // namespace
@@ -42,31 +43,34 @@ bool SgdPlan::needs_norm() const {
   return !groups_.empty() && (groups_.front().clips || groups_.front().nonfinite != SgdGroup::Nonfinite::propagate);
 }
 
-bool SgdPlan::is_known(const py::list& param_groups, const py::dict& state) const {
-  if (groups_.empty() || param_groups.ptr() != param_groups_.ptr() || state.ptr() != state_.ptr()) return false;
-  if (param_groups.size() != groups_.size()) return false;
+// Whether groups, parameters and state lie as they did when the plan was made. Holds what it looked at.
+bool SgdPlan::is_known() {
+  if (groups_.empty() || param_groups_.size() != groups_.size()) return false;
   size_t p = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
-    PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(g));
-    if (dict != groups_[g].dict.ptr()) return false;
-    PyObject* list = lookup(dict, params_key());
-    if (list != groups_[g].params.ptr() || !PyList_Check(list)) return false;
-    const Py_ssize_t size = PyList_GET_SIZE(list);
+    PyObject* dict = PyList_GET_ITEM(param_groups_.ptr(), static_cast<Py_ssize_t>(g));
+    if (!PyDict_Check(dict)) return false;
+    groups_[g].hold(dict);
+    PyObject* list = groups_[g].params.ptr();
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
     for (Py_ssize_t i = 0; i < size; ++i, ++p) {
+      PyObject* object = PySequence_Fast_GET_ITEM(list, i);
       if (p == params_.size() || params_[p].group != static_cast<int32_t>(g) ||
-          params_[p].object.ptr() != PyList_GET_ITEM(list, i))
+          !is_same(object, known_[p].param, known_[p].type))
         return false;
+      held_.push_back(py::reinterpret_borrow<py::object>(object));
     }
   }
   if (p != params_.size()) return false;
   // The state, in its own order: no hashing, no lookup.
-  if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;
-  PyObject *state_key, *value;
+  if (static_cast<size_t>(PyDict_Size(state_.ptr())) != entries_.size()) return false;
+  PyObject *key, *value;
   Py_ssize_t position = 0;
-  for (size_t e = 0; PyDict_Next(state.ptr(), &position, &state_key, &value); ++e) {
-    const StateEntry& entry = entries_[e];
-    if (state_key != entry.key.ptr() || value != entry.value.ptr()) return false;
-    if (PyDict_Check(value) && lookup(value, momentum_buffer_key()) != entry.buffer.ptr()) return false;
+  for (size_t e = 0; PyDict_Next(state_.ptr(), &position, &key, &value); ++e) {
+    if (key != entries_[e].key || !PyDict_Check(value)) return false;
+    PyObject* buffer = lookup(value, momentum_buffer_key());
+    if (buffer != entries_[e].buffer) return false;
+    if (buffer) held_.push_back(py::reinterpret_borrow<py::object>(buffer));
   }
   return true;
 }
@@ -77,14 +81,15 @@ void SgdPlan::remember_state() {
   Py_ssize_t position = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
     PyObject* buffer = PyDict_Check(value) ? lookup(value, momentum_buffer_key()) : nullptr;
-    entries_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
-                        py::reinterpret_borrow<py::object>(buffer)});
+    if (buffer) held_.push_back(py::reinterpret_borrow<py::object>(buffer));
+    entries_.push_back({key, buffer});
   }
 }
 
 void SgdPlan::forget() {
   groups_.clear();
   params_.clear();
+  known_.clear();
   entries_.clear();
   driver_.tensors.clear();
   driver_.groups.clear();
@@ -94,10 +99,22 @@ void SgdPlan::forget() {
   pending_.clear();
 }
 
-void SgdPlan::build(const py::list& param_groups, const py::dict& state) {
+void SgdPlan::release() {
+  is_open_ = false;
+  grads_.clear();
+  relaid_grads_.clear();
+  pending_.clear();
+  driver_.grad_scale = driver_.found_inf = at::Tensor();
+  for (at::Tensor& lr : driver_.lr) lr = at::Tensor();
+  for (SgdGroup& group : groups_) group.release();
+  if (!leftover.empty()) leftover = py::list();
+  held_.clear();
+  param_groups_ = py::list();
+  state_ = py::dict();
+}
+
+void SgdPlan::build() {
   forget();
-  param_groups_ = param_groups;
-  state_ = state;
   try {
     list_params();
     read_options();
@@ -116,18 +133,18 @@ void SgdPlan::list_params() {
     TORCH_CHECK_TYPE(PyDict_Check(dict.ptr()), "regfused.SGD.step: param_groups must hold dictionaries");
     const size_t g = groups_.size();
     SgdGroup group;
-    group.dict = py::reinterpret_borrow<py::object>(dict);
-    group.params = py::reinterpret_borrow<py::object>(lookup(dict.ptr(), params_key()));
-    TORCH_CHECK_TYPE(group.params && PyList_Check(group.params.ptr()), "regfused.SGD.step: 'params' of group ", g,
-                     " must be a list");
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params.ptr()); ++i) {
+    group.hold(dict.ptr());
+    PyObject* list = group.params.ptr();
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+      PyObject* object = PySequence_Fast_GET_ITEM(list, i);
+      TORCH_CHECK_TYPE(is_tensor(object), "regfused.SGD.step: parameter ", i, " of group ", g,
+                       " must be a tensor, but is a ", Py_TYPE(object)->tp_name);
       Param param;
-      param.object = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(group.params.ptr(), i));
-      TORCH_CHECK_TYPE(THPVariable_Check(param.object.ptr()), "regfused.SGD.step: parameter ", i, " of group ", g,
-                       " must be a tensor, but is a ", Py_TYPE(param.object.ptr())->tp_name);
       param.group = static_cast<int32_t>(g);
       param.index = static_cast<int32_t>(i);
       params_.push_back(std::move(param));
+      known_.push_back({object, Py_TYPE(object)});
+      held_.push_back(py::reinterpret_borrow<py::object>(object));
     }
     groups_.push_back(std::move(group));
   }
@@ -137,27 +154,29 @@ void SgdPlan::list_params() {
 
 // Every parameter must have the slices that its group asks for.
 void SgdPlan::check_group_dims() const {
-  for (const Param& param : params_) {
-    const SgdGroup& group = groups_[param.group];
-    if (group.hyper.group_l1 != 0 && !has_slices(THPVariable_Unpack(param.object.ptr()), group.group_dim)) complain();
+  for (size_t p = 0; p < params_.size(); ++p) {
+    const SgdGroup& group = groups_[params_[p].group];
+    if (group.hyper.group_l1 != 0 && !has_slices(tensor_of(p), group.group_dim)) complain();
   }
 }
 
 // Rows of the driver's table for the parameters that the kernels take.
 void SgdPlan::plan_rows() {
-  std::unordered_map<PyObject*, PyObject*> buffer_of;
-  for (const StateEntry& entry : entries_) {
-    if (!PyDict_Check(entry.value.ptr())) check_(param_groups_, state_);
-    if (entry.buffer && !entry.buffer.is_none()) buffer_of.emplace(entry.key.ptr(), entry.buffer.ptr());
-  }
-  for (Param& param : params_) {
-    const auto found = buffer_of.find(param.object.ptr());
-    plan_row(param, found == buffer_of.end() ? nullptr : found->second);
+  std::unordered_map<PyObject*, PyObject*> buffer_by_key;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(state_.ptr(), &position, &key, &value))
+    if (!PyDict_Check(value)) check_(param_groups_, state_);
+  for (const StateEntry& entry : entries_)
+    if (entry.buffer && entry.buffer != Py_None) buffer_by_key.emplace(entry.key, entry.buffer);
+  for (size_t p = 0; p < params_.size(); ++p) {
+    const auto found = buffer_by_key.find(known_[p].param);
+    plan_row(p, found == buffer_by_key.end() ? nullptr : found->second);
   }
 
   std::vector<MemoryRange> memory;
-  for (const Param& param : params_)
-    if (param.row >= 0) memory.push_back(memory_of(THPVariable_Unpack(param.object.ptr())));
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (params_[p].row >= 0) memory.push_back(memory_of(tensor_of(p)));
   if (any_overlap(memory)) {
     // One parameter listed twice, or two that share memory: the order of updates has a meaning
     // then, which parallel chunks do not keep. The reference does.
@@ -168,27 +187,30 @@ void SgdPlan::plan_rows() {
     driver_.tensors.clear();
     return;
   }
-  for (const Param& param : params_)
-    if (param.row >= 0 && param.buffer && !param.relay_buffer)
-      memory.push_back(memory_of(THPVariable_Unpack(param.buffer.ptr())));
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (params_[p].row >= 0 && known_[p].buffer && !params_[p].relay_buffer) memory.push_back(memory_of(buffer_of(p)));
   TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
                     "regfused.SGD.step: a momentum_buffer must share no memory with a parameter or another ",
                     "momentum_buffer, but one does");
 }
 
-void SgdPlan::plan_row(Param& param, PyObject* buffer_object) {
-  const at::Tensor& tensor = THPVariable_Unpack(param.object.ptr());
-  if (!groups_[param.group].kernels || !is_plain(param.object.ptr()) || !why_not_fused(tensor).empty()) return;
+void SgdPlan::plan_row(size_t p, PyObject* buffer_object) {
+  Param& param = params_[p];
+  const at::Tensor& tensor = tensor_of(p);
+  if (!groups_[param.group].kernels || !is_plain(known_[p].param) || !why_not_fused(tensor).empty()) return;
   if (buffer_object) {
     if (!buffer_fits(buffer_object, tensor)) {
       // Python raises, or knows the buffer as one of the reference's, such as a sparse one.
       check_(param_groups_, state_);
       return;
     }
-    const at::Tensor& buffer = THPVariable_Unpack(buffer_object);
-    param.buffer = py::reinterpret_borrow<py::object>(buffer_object);
-    param.relay_buffer = !same_layout(buffer, tensor);
+    known_[p].buffer = buffer_object;
+    known_[p].buffer_type = Py_TYPE(buffer_object);
+    const at::Tensor& buffer = buffer_of(p);
+    param.relay_buffer =
+        !same_layout(buffer, tensor) || buffer.scalar_type() != tensor.scalar_type() || buffer.is_neg();
     param.buffer_keys = buffer.key_set();
+    param.buffer_dtype = buffer.scalar_type();
     param.buffer_memory = buffer.data_ptr();
   }
   param.row = static_cast<int32_t>(driver_.tensors.size());
@@ -246,34 +268,6 @@ bool SgdPlan::read_options() {
 void SgdPlan::complain() const {
   check_(param_groups_, state_);
   TORCH_INTERNAL_ASSERT(false, "regfused: an option is refused by the plan, but passes the check in Python");
-}
-
-// A parameter's hook may hold the optimizer, which holds this plan, which holds the parameter.
-int SgdPlan::traverse(visitproc visit, void* arg) {
-  Py_VISIT(check_.ptr());
-  Py_VISIT(param_groups_.ptr());
-  Py_VISIT(state_.ptr());
-  Py_VISIT(leftover.ptr());
-  for (const SgdGroup& group : groups_)
-    if (int stop = group.traverse(visit, arg)) return stop;
-  for (const Param& param : params_) {
-    Py_VISIT(param.object.ptr());
-    Py_VISIT(param.buffer.ptr());
-  }
-  for (const StateEntry& entry : entries_) {
-    Py_VISIT(entry.key.ptr());
-    Py_VISIT(entry.value.ptr());
-    Py_VISIT(entry.buffer.ptr());
-  }
-  return 0;
-}
-
-void SgdPlan::clear() {
-  forget();
-  check_ = py::function();
-  param_groups_ = py::object();
-  state_ = py::object();
-  leftover = py::list();
 }
 
 }  // namespace regfused

@@ -4,6 +4,11 @@
 // A step is collect -> norm -> update. Collecting checks everything and changes nothing, the norm
 // pass reads, and the update commits fresh state and then runs what cannot fail.
 //
+// Between steps a plan owns none of Python's objects: what Python lets go of is free at once. It knows
+// addresses of objects, and what was found of each; whether that still holds is looked up at each step,
+// for another tensor may have come to an address. So it does not matter which tensor is there, if its memory,
+// type and layout are those that the plan was made for.
+//
 // The host judges the norm, or, where all tensors are on CUDA devices, the devices do: then the host
 // waits for nothing. It has to be the host that judges where it must raise (nonfinite="error"), where
 // the reference takes part, and where a step may be skipped that would make fresh state.
@@ -31,8 +36,8 @@ class SgdPlan {
   explicit SgdPlan(py::function check);
 
   // The whole step. False where tensors are left to the reference: then nothing has changed yet,
-  // `leftover` holds (group index, parameter) pairs, and the caller goes on with norm(), judge(),
-  // update() and count().
+  // `leftover` holds (group index, index in the group, parameter), and the caller goes on with norm(), judge()
+  // and update(), and calls release() whatever happens.
   bool step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf);
 
   // Whether the step as a whole needs its norm before anything can be updated.
@@ -46,25 +51,28 @@ class SgdPlan {
   // its target, added where it is sparse, under the caller's autograd mode. No Python runs in between (but
   // that of tensor subclasses), so that no signal can come between two tensors.
   void update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources);
-  // Adds what the reference stepped to the numbers of this step.
-  void count(double more_penalty, double more_zeros, double more_numel);
-  // (grad_norm, clip_coef, penalty, zeros, numel, skipped) of the last step; penalty, zeros and numel of the last one
-  // that was not skipped, skipped counts all steps so far that left no trace. Floats; 0-dim tensors where a device
-  // has the numbers.
+  // Lets go of everything that a step holds. A step that comes to its end does it itself.
+  void release();
+  // (grad_norm, clip_coef, penalty, zeros, numel, skipped) of the last step, of the tensors here; grad_norm is None
+  // where nothing asked for it. penalty, zeros and numel are of the last step that was not skipped, skipped counts all
+  // steps so far that left no trace. Floats; 0-dim tensors where a device has the numbers.
   py::tuple numbers() const;
   // How many tensors the kernels take.
   size_t tensors() const { return driver_.tensors.size(); }
-
-  int traverse(visitproc visit, void* arg);
-  void clear();
 
   py::list leftover;
   double clip_coef() const { return scalars_.clip_coef; }
 
  private:
+  // Addresses of a parameter and its momentum buffer (or null), and their types. What is there may be read only
+  // within a step, which holds it.
+  struct Known {
+    PyObject* param = nullptr;
+    PyTypeObject* type = nullptr;
+    PyObject* buffer = nullptr;
+    PyTypeObject* buffer_type = nullptr;
+  };
   struct Param {
-    py::object object;
-    py::object buffer;  // its momentum buffer, or null
     int32_t group = 0;
     int32_t index = 0;         // within its group
     int32_t row = -1;          // in driver_.tensors, or -1: left to the reference
@@ -72,12 +80,15 @@ class SgdPlan {
     at::ScalarType dtype = at::kFloat;
     std::vector<int64_t> strides;  // empty: contiguous
     std::vector<int64_t> sizes;    // where they matter: the group lasso has slices
-    bool relay_buffer = false;     // the buffer pairs other elements: to be copied into the parameter's layout
+    bool relay_buffer = false;     // the buffer has another layout or type: to be copied into the parameter's
     void* buffer_memory = nullptr;
     c10::DispatchKeySet buffer_keys;
+    at::ScalarType buffer_dtype = at::kFloat;
   };
+  // An item of the state in the order of the dictionary: addresses, none of them owned.
   struct StateEntry {
-    py::object key, value, buffer;
+    PyObject* key = nullptr;
+    PyObject* buffer = nullptr;
   };
   // A buffer that becomes state once the step is certain to happen, and what was there before.
   struct Pending {
@@ -88,27 +99,30 @@ class SgdPlan {
   };
 
   // What is known: sgd_plan.cpp.
-  bool is_known(const py::list& param_groups, const py::dict& state) const;
-  void build(const py::list& param_groups, const py::dict& state);
+  bool is_known();
+  void build();
   void list_params();
   void check_group_dims() const;
   void plan_rows();
-  void plan_row(Param& param, PyObject* buffer);
+  void plan_row(size_t p, PyObject* buffer);
   void remember_state();
   bool read_options();
   [[noreturn]] void complain() const;
   void forget();
 
   // One step: sgd_plan_step.cpp.
+  const at::Tensor& tensor_of(size_t p) const;
+  const at::Tensor& buffer_of(size_t p) const;
   std::string name_of(const Param& param) const;
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
-  bool is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const;
+  bool is_unchanged_buffer(size_t p, const at::Tensor& tensor) const;
   bool collect();
   bool collect_usual(size_t p);
   bool collect_closely(size_t p);
-  std::string why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const;
+  std::string why_left(size_t p, const at::Tensor& tensor, const at::Tensor& grad) const;
   void collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad);
   void collect_buffer(size_t p, const at::Tensor& tensor);
+  void check_open() const;
   double norm_pass();
   void update_pass();
   const char* why_host_judges() const;
@@ -122,25 +136,29 @@ class SgdPlan {
   void commit_buffer(Pending& pending);
   void roll_back(size_t count);
   void bump_versions();
-  void end_step();
 
   py::function check_;
-  py::object param_groups_, state_;
   std::vector<SgdGroup> groups_;
   std::vector<Param> params_;
+  std::vector<Known> known_;  // one for each of params_
   std::vector<StateEntry> entries_;
   SgdDriver driver_;
   SgdScalars scalars_;
   bool busy_ = false;
+  bool is_open_ = false;  // a step is left to Python between collect and update
 
   // Of the last step, as the host knows them. Where the devices judged, they have the norm and the coefficient.
   bool devices_judged_ = false;
-  double grad_norm_ = NAN;  // NaN where nothing needed a norm: measuring it would take a pass
+  bool measured_ = false;  // whether something needed a norm: measuring it would take a pass
+  double grad_norm_ = NAN;
   double clip_coef_ = 1;
   SgdTotals totals_;
   int64_t skipped_ = 0;
 
-  // Of one step, between collect and its end.
+  // Of one step, until its end.
+  py::list param_groups_;
+  py::dict state_;
+  std::vector<py::object> held_;  // what was looked at, so that no other thread can free it
   double judged_norm_ = NAN;
   std::vector<at::Tensor> grads_;                                // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy

@@ -23,8 +23,6 @@ namespace {
 // Fewer tensors than this are looked at faster by one thread.
 constexpr int64_t kTensorsPerThread = 128;
 
-const at::Tensor& tensor_of(const py::object& object) { return THPVariable_Unpack(object.ptr()); }
-
 // Not Tensor::grad(), which warns where the tensor is no leaf.
 const at::Tensor& grad_of(const at::Tensor& tensor) { return std::as_const(*tensor.unsafeGetTensorImpl()).grad(); }
 
@@ -51,7 +49,23 @@ class Entered {
   bool& busy_;
 };
 
+// Where a step ends, and where it is left by an exception, it lets go of all that it holds.
+class Released {
+ public:
+  explicit Released(SgdPlan& plan) : plan_(&plan) {}
+  ~Released() {
+    if (plan_) plan_->release();
+  }
+  void goes_on() { plan_ = nullptr; }
+
+ private:
+  SgdPlan* plan_;
+};
+
 }  // namespace
+
+const at::Tensor& SgdPlan::tensor_of(size_t p) const { return THPVariable_Unpack(known_[p].param); }
+const at::Tensor& SgdPlan::buffer_of(size_t p) const { return THPVariable_Unpack(known_[p].buffer); }
 
 bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf) {
   Entered entered(busy_);
@@ -60,13 +74,17 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     return true;
   }
   c10::AutoGradMode no_grad(false);
-  if (!is_known(param_groups, state) || !read_options()) build(param_groups, state);
+  is_open_ = false;
+  Released released(*this);
+  param_groups_ = std::move(param_groups);
+  state_ = std::move(state);
+  if (!is_known() || !read_options()) build();
   scalars_.write_unscaled_grad = !grad_scale.is_none();
   driver_.grad_scale = number_on_device(grad_scale.ptr());
   driver_.found_inf = number_on_device(found_inf.ptr());
   scalars_.grad_scale = grad_scale.is_none() || driver_.grad_scale.defined() ? 1 : number(grad_scale.ptr());
   if (!collect()) {
-    build(param_groups, state);
+    build();
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
   driver_.find_live();
@@ -79,7 +97,11 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     return true;
   }
   if (!let_host_judge(grad_scale, found_inf)) return true;
-  if (!leftover.empty()) return false;
+  if (!leftover.empty()) {
+    released.goes_on();
+    is_open_ = true;
+    return false;
+  }
   if (judge(needs_norm() ? norm_pass() : NAN)) update_pass();
   return true;
 }
@@ -99,7 +121,6 @@ const char* SgdPlan::why_host_judges() const {
 bool SgdPlan::let_host_judge(py::handle grad_scale, py::handle found_inf) {
   if (driver_.found_inf.defined() && number(found_inf.ptr()) != 0) {
     ++skipped_;
-    end_step();
     return false;
   }
   if (driver_.grad_scale.defined()) scalars_.grad_scale = number(grad_scale.ptr());
@@ -139,13 +160,20 @@ void SgdPlan::run(Update update) {
   }
 }
 
+// Another thread may have taken a whole step since this one was left to Python.
+void SgdPlan::check_open() const {
+  TORCH_CHECK(is_open_, "regfused.SGD.step: one step at a time, but another thread began a step of this optimizer");
+}
+
 double SgdPlan::norm() {
   Entered entered(busy_);
+  check_open();
   return norm_pass();
 }
 
 void SgdPlan::update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources) {
   Entered entered(busy_);
+  check_open();
   {
     c10::AutoGradMode no_grad(false);
     update_pass();
@@ -156,12 +184,6 @@ void SgdPlan::update(const std::vector<at::Tensor>& targets, const std::vector<a
     else
       targets[i].add_(sources[i]);
   }
-}
-
-void SgdPlan::count(double more_penalty, double more_zeros, double more_numel) {
-  totals_.penalty += more_penalty;
-  totals_.zeros += more_zeros;
-  totals_.numel += more_numel;
 }
 
 py::tuple SgdPlan::numbers() const {
@@ -181,6 +203,7 @@ py::tuple SgdPlan::numbers() const {
       all[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(number));
     }
   }
+  if (!measured_) all[kGradNorm] = py::none();
   return py::make_tuple(all[0], all[1], all[2], all[3], all[4], all[5]);
 }
 
@@ -210,18 +233,21 @@ bool SgdPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
 }
 
 // Cheap: whether the buffer is the one that was found to fit, with the same memory.
-bool SgdPlan::is_unchanged_buffer(const Param& param, const at::Tensor& tensor) const {
-  const at::Tensor& buffer = tensor_of(param.buffer);
-  return buffer.key_set() == param.buffer_keys && buffer.scalar_type() == param.dtype &&
+bool SgdPlan::is_unchanged_buffer(size_t p, const at::Tensor& tensor) const {
+  const Param& param = params_[p];
+  if (!is_tensor(known_[p].buffer) || Py_TYPE(known_[p].buffer) != known_[p].buffer_type) return false;
+  const at::Tensor& buffer = buffer_of(p);
+  return buffer.key_set() == param.buffer_keys && buffer.scalar_type() == param.buffer_dtype &&
          buffer.data_ptr() == param.buffer_memory && buffer.sizes() == tensor.sizes() &&
-         same_layout(buffer, tensor) != param.relay_buffer;
+         (param.relay_buffer || same_layout(buffer, tensor));
 }
 
 // Gradients and buffers of this step. False where a tensor is not the one that was planned for.
 bool SgdPlan::collect() {
-  end_step();
+  grads_.assign(params_.size(), at::Tensor());
+  relaid_grads_.clear();
+  pending_.clear();
   if (!leftover.empty()) leftover = py::list();
-  grads_.resize(params_.size());
   std::atomic<bool> usual = true;
   parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end && usual; ++p)
@@ -237,7 +263,7 @@ bool SgdPlan::collect() {
 // its parameter, and a momentum buffer that is there. False: to be looked at closely.
 bool SgdPlan::collect_usual(size_t p) {
   const Param& param = params_[p];
-  const at::Tensor& tensor = tensor_of(param.object);
+  const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
   if (param.row < 0) return !grad.defined();
   SgdTensor& row = driver_.tensors[param.row];
@@ -249,7 +275,7 @@ bool SgdPlan::collect_usual(size_t p) {
   row.first = false;
   row.momentum_buffer = nullptr;
   if (driver_.groups[param.group].momentum != 0) {
-    if (!param.buffer || param.relay_buffer || !is_unchanged_buffer(param, tensor)) return false;
+    if (!known_[p].buffer || param.relay_buffer || !is_unchanged_buffer(p, tensor)) return false;
     row.momentum_buffer = param.buffer_memory;
   }
   row.grad = grad.data_ptr();
@@ -259,17 +285,17 @@ bool SgdPlan::collect_usual(size_t p) {
 
 bool SgdPlan::collect_closely(size_t p) {
   const Param& param = params_[p];
-  const at::Tensor& tensor = tensor_of(param.object);
+  const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
   if (param.row >= 0) driver_.tensors[param.row].grad = nullptr;
   if (!grad.defined()) return true;
   if (param.row >= 0 && !is_unchanged(param, tensor)) return false;
-  const std::string why = why_left(param, tensor, grad);
+  const std::string why = why_left(p, tensor, grad);
   if (!why.empty()) {
     TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: fused=True demands dense, strided float32, ",
                 "float64, bfloat16 or float16 tensors ", where_kernels_run(), " that share no memory, but ",
                 name_of(param), " ", why);
-    leftover.append(py::make_tuple(param.group, param.object));
+    leftover.append(py::make_tuple(param.group, param.index, py::handle(known_[p].param)));
     return true;
   }
   collect_gradient(p, tensor, grad);
@@ -277,17 +303,18 @@ bool SgdPlan::collect_closely(size_t p) {
   row.first = false;
   row.momentum_buffer = nullptr;
   if (driver_.groups[param.group].momentum == 0) return true;
-  if (param.buffer && !is_unchanged_buffer(param, tensor)) return false;
+  if (known_[p].buffer && !is_unchanged_buffer(p, tensor)) return false;
   collect_buffer(p, tensor);
   return true;
 }
 
 // Why the reference has to step this tensor, or an empty string. Raises for gradients that fit nowhere.
-std::string SgdPlan::why_left(const Param& param, const at::Tensor& tensor, const at::Tensor& grad) const {
+std::string SgdPlan::why_left(size_t p, const at::Tensor& tensor, const at::Tensor& grad) const {
+  const Param& param = params_[p];
   if (param.row < 0) {
     std::string why = why_not_fused(tensor);
     if (!why.empty()) return why;
-    return is_plain(param.object.ptr()) ? "is not for the kernels" : "is a tensor subclass";
+    return is_plain(known_[p].param) ? "is not for the kernels" : "is a tensor subclass";
   }
   if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.device() == tensor.device() &&
       grad.sizes() == tensor.sizes())
@@ -326,14 +353,15 @@ void SgdPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Ten
 void SgdPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
   const Param& param = params_[p];
   SgdTensor& row = driver_.tensors[param.row];
-  row.first = !param.buffer;
-  if (param.buffer && !param.relay_buffer) {
+  const bool has_buffer = known_[p].buffer != nullptr;
+  row.first = !has_buffer;
+  if (has_buffer && !param.relay_buffer) {
     row.momentum_buffer = param.buffer_memory;
     return;
   }
   at::Tensor buffer = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
-  if (param.buffer)
-    buffer.copy_(tensor_of(param.buffer));
+  if (has_buffer)
+    buffer.copy_(buffer_of(p));
   else
     buffer.zero_();
   row.momentum_buffer = buffer.data_ptr();
@@ -353,9 +381,9 @@ void SgdPlan::update_pass() {
 
 void SgdPlan::finish_update() {
   totals_ = driver_.totals();
+  measured_ = needs_norm();
   if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
-  end_step();
 }
 
 bool SgdPlan::judge(double norm) {
@@ -366,10 +394,10 @@ bool SgdPlan::judge(double norm) {
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::error) raise_nonfinite(norm);
   if (!std::isfinite(norm) && group.nonfinite == SgdGroup::Nonfinite::skip) {
     devices_judged_ = false;
+    measured_ = true;
     grad_norm_ = norm;
     clip_coef_ = 0;
     ++skipped_;
-    end_step();
     return false;
   }
   if (group.clips) scalars_.clip_coef = clip_coefficient(group.max_norm, norm);
@@ -387,19 +415,13 @@ void SgdPlan::raise_nonfinite(double norm) const {
   TORCH_CHECK(false, "regfused.SGD.step: nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
 }
 
-void SgdPlan::end_step() {
-  grads_.clear();
-  relaid_grads_.clear();
-  pending_.clear();
-}
-
 void SgdPlan::bump_versions() {
   parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const Param& param = params_[p];
       if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
-      bump_version(tensor_of(param.object));
-      if (driver_.tensors[param.row].momentum_buffer) bump_version(tensor_of(param.buffer));
+      bump_version(tensor_of(p));
+      if (driver_.tensors[param.row].momentum_buffer) bump_version(buffer_of(p));
       if (scalars_.write_unscaled_grad) bump_version(grads_[p]);
     }
   });
@@ -421,10 +443,11 @@ void SgdPlan::commit() {
 
 void SgdPlan::commit_buffer(Pending& pending) {
   Param& param = params_[pending.param];
+  Known& known = known_[pending.param];
   auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(pending.buffer));
   if (!buffer) throw py::error_already_set();
   py::object fresh;
-  PyObject* entry = lookup(state_.ptr(), param.object.ptr());
+  PyObject* entry = lookup(state_.ptr(), known.param);
   if (!entry) {
     fresh = py::dict();
     entry = fresh.ptr();
@@ -432,17 +455,20 @@ void SgdPlan::commit_buffer(Pending& pending) {
   pending.fresh_entry = static_cast<bool>(fresh);
   pending.previous = py::reinterpret_borrow<py::object>(lookup(entry, momentum_buffer_key()));
   if (PyDict_SetItem(entry, momentum_buffer_key(), buffer.ptr()) != 0) throw py::error_already_set();
-  if (fresh && PyDict_SetItem(state_.ptr(), param.object.ptr(), entry) != 0) throw py::error_already_set();
+  if (fresh && PyDict_SetItem(state_.ptr(), known.param, entry) != 0) throw py::error_already_set();
   param.buffer_memory = pending.buffer.data_ptr();
   param.buffer_keys = pending.buffer.key_set();
+  param.buffer_dtype = param.dtype;
   param.relay_buffer = false;
-  param.buffer = std::move(buffer);
+  known.buffer = buffer.ptr();
+  known.buffer_type = Py_TYPE(buffer.ptr());
+  held_.push_back(std::move(buffer));
 }
 
 void SgdPlan::roll_back(size_t count) {
   py::error_scope raised;
   for (size_t i = 0; i < count; ++i) {
-    PyObject* object = params_[pending_[i].param].object.ptr();
+    PyObject* object = known_[pending_[i].param].param;
     if (pending_[i].fresh_entry) {
       PyDict_DelItem(state_.ptr(), object);
     } else if (PyObject* entry = PyDict_GetItemWithError(state_.ptr(), object)) {

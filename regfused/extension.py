@@ -23,12 +23,12 @@ _OFFERS = {
     "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "is_watched", "penalty", "takes"),
     "SgdPlan": (
         "clip_coef",
-        "count",
         "judge",
         "leftover",
         "needs_norm",
         "norm",
         "numbers",
+        "release",
         "step",
         "tensors",
         "update",

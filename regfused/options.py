@@ -187,15 +187,37 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
         tensor = param[1] if isinstance(param, tuple) else param
         if not isinstance(tensor, torch.Tensor):
             continue  # torch says what is wrong with it
-        if tensor.is_meta:
-            raise ValueError(f"{operation}: parameters must have memory, but got one on the meta device")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(f"{operation}: parameters must be floating point or complex, but got {tensor.dtype}")
 
 
+def list_params(groups: Iterable[dict[str, Any]]) -> None:
+    """Replace ``params`` that can be gone through once only by a list of them."""
+    for group in groups:
+        if iter(group["params"]) is group["params"]:
+            group["params"] = list(group["params"])
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether this is a dense tensor of torch's own class: what lies in its memory is all there is."""
-    return tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    """Whether this is a dense tensor of torch's own class, or of one derived from it that changes no operation.
+
+    What lies in the memory of such a tensor is all there is.
+    """
+    return tensor.layout == torch.strided and is_plain_class(type(tensor))
+
+
+def is_plain_class(cls: type[torch.Tensor]) -> bool:
+    """Whether a class of tensors has neither ``__torch_function__`` nor ``__torch_dispatch__`` of its own."""
+    if cls in (torch.Tensor, torch.nn.Parameter):
+        return True
+    functions = [_in_class(own, "__torch_function__") for own in (torch.Tensor, torch.nn.Parameter)]
+    dispatch = _in_class(torch.Tensor, "__torch_dispatch__")
+    return _in_class(cls, "__torch_function__") in functions and _in_class(cls, "__torch_dispatch__") is dispatch
+
+
+def _in_class(cls: type, name: str) -> Any:
+    """An attribute as it stands in the class, not bound to it."""
+    return next(base.__dict__[name] for base in cls.__mro__ if name in base.__dict__)
 
 
 def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
@@ -216,7 +238,10 @@ def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], 
             place = f"{operation}: the momentum_buffer of parameter {i} of group {g}"
             if not isinstance(buffer, torch.Tensor):
                 raise ValueError(f"{place} must be a tensor, but got {type(buffer).__name__}")
-            for name in ("shape", "dtype", "device", "layout"):
+            if not (buffer.is_floating_point() or buffer.is_complex()) or buffer.is_complex() != param.is_complex():
+                kind = "complex" if param.is_complex() else "real floating point"
+                raise ValueError(f"{place} must be {kind}, as dtype {param.dtype} is, but has dtype {buffer.dtype}")
+            for name in ("shape", "device", "layout"):
                 demanded, got = getattr(param, name), getattr(buffer, name)
                 # After a sparse gradient torch keeps a sparse buffer.
                 if demanded != got and not (name == "layout" and group_allows_sparse(group)):

@@ -9,6 +9,7 @@ import torch
 
 from regfused import extension, options, reference
 from regfused.reference import sgd_step
+from regfused.tracing import values_are_known
 
 
 def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
@@ -117,33 +118,40 @@ class SGD(reference.SGD):
     def _step(self) -> None:
         if torch.compiler.is_compiling():
             return _step_outside_of_the_graph(self)
+        # What kernels write, no mode, tracer or transform sees.
+        if extension.C is None or extension.C.is_watched():
+            return super()._step()
         plan = self.__dict__.get("_plan")
         if plan is None:
-            if extension.C is None:
-                return super()._step()
-            # The numbers first: an interrupt between the two must not leave a plan without them.
-            plan = self._numbers = self._plan = extension.C.SgdPlan(_check)
+            plan = self._plan = self._last.counting = extension.C.SgdPlan(_check)
         grad_scale = self.__dict__.get("grad_scale")
-        if not plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
-            self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
+        if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
+            self._last.by_kernels(plan)
+        else:
+            try:
+                if not values_are_known(param for _, _, param in plan.leftover):
+                    return super()._step()
+                self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
+            finally:
+                plan.release()
 
     def _step_with_leftovers(self, plan: Any, grad_scale: float | None) -> None:
         """The rest of a step in which some tensors are not for the kernels: one norm over both, one coefficient."""
         norm_type = float(self.param_groups[0]["norm_type"])
         options.check_momentum_buffers("SGD.step", self.param_groups, self.state)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            pairs = [(self.param_groups[g], param) for g, param in plan.leftover]
-            entries = sgd_step.collect(pairs, grad_scale, "SGD.step")
+            params = [(g, i, self.param_groups[g], param) for g, i, param in plan.leftover]
+            entries = sgd_step.collect(params, grad_scale, "SGD.step", self.state)
             grad_norm = math.nan
             if plan.needs_norm:
                 grad_norm = float(sgd_step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
             if not plan.judge(grad_norm):
+                self._last.by_kernels(plan, self._last.record)
                 return
             update = sgd_step.Update(entries, self.state, plan.clip_coef)
-            record = update.record
-            penalty, zeros, numel = record.penalty, record.zeros, record.numel
+            update.record.judged = False
             update.commit(plan.update)
-            plan.count(penalty, zeros, numel)
+            self._last.by_kernels(plan, update.record)
 
 
 @torch.compiler.disable
@@ -156,10 +164,13 @@ def _why_not_fused(params: list[torch.Tensor]) -> str:
     if extension.C is None:
         return f"the compiled part of regfused, but {extension.why_missing}"
     for i, param in enumerate(params):
-        if not extension.kernels_take(param):
+        # Meta tensors may get memory, and a device, before the first step.
+        taken = param.is_meta or extension.kernels_take(param)
+        if not taken or not options.is_plain(param):
+            plain = "" if options.is_plain_class(type(param)) else f" of class {type(param).__name__}"
             return (
                 "dense float32, float64, bfloat16 or float16 parameters on "
                 f"{' or '.join(extension.DEVICES)}, but parameter "
-                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}"
+                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}{plain}"
             )
     return ""

@@ -3,14 +3,103 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from regfused.shards import Shards, part_of, shards_of, whole_sum
+
+Number = float | Tensor
 
 
-class Stats(NamedTuple):
-    """Of the last step, as 0-dim tensors.
+class Numbers(Protocol):
+    """What a plan of the compiled part says of the last step of its kernels."""
+
+    def numbers(self) -> tuple[Number | None, Number, Number, Number, Number, Number]:
+        """grad_norm or None, clip_coef, penalty, how many exact zeros, among how many elements, skipped steps."""
+        ...
+
+
+@dataclass
+class Part:
+    """A number of some tensors, 0-dim: of this rank alone where they are sharded."""
+
+    value: Tensor
+    shards: Shards | None = None
+
+
+@dataclass
+class Record:
+    """The numbers of a step of the reference. Tensors stay on their device until somebody reads the stats."""
+
+    judged: bool = True  # False: beside kernels, which have the norm and the coefficient
+    grad_norm: Number | None = None  # None: nothing asked for it
+    clip_coef: Number = 1.0
+    penalties: list[Part] = field(default_factory=list)
+    zeros: Number = 0.0  # that were counted already, among so many elements
+    numel: Number = 0.0
+    stepped: list[tuple[int, int]] = field(default_factory=list)  # group and index of tensors still to be looked at
+
+
+@dataclass
+class LastStep:
+    """What the last step left behind. One object for the life of an optimizer: wrappers that copy its attributes
+    share it."""
+
+    record: Record | None = None  # of the reference, where it took part
+    kernels: Numbers | None = None  # of the compiled part, likewise
+    skipped: Number = 0  # steps that left no trace, but those that `kernels` have counted
+    counting: Numbers | None = None  # who has counted others
+
+    def by_kernels(self, kernels: Numbers, record: Record | None = None) -> None:
+        self.kernels, self.record = kernels, record
+
+    def by_reference(self, record: Record) -> None:
+        self.kernels, self.record = None, record
+
+    def skip(self, grad_norm: Number) -> None:
+        """By a policy for norms that are not finite; what the step before left stays."""
+        self.by_reference(replace(self._merged(), grad_norm=grad_norm, clip_coef=0.0))
+        self.skipped = self.skipped + 1
+
+    def stats(self, param_groups: Sequence[dict[str, Any]]) -> Stats:
+        return Stats(self._merged(), self._skipped(), self.was_taken, param_groups)
+
+    @property
+    def was_taken(self) -> bool:
+        return self.record is not None or self.kernels is not None
+
+    def frozen(self) -> LastStep:
+        """A copy that can be pickled."""
+        return LastStep(record=self._merged() if self.was_taken else None, skipped=self._skipped())
+
+    def _skipped(self) -> Number:
+        return self.skipped if self.counting is None else self.skipped + self.counting.numbers()[5]
+
+    def _merged(self) -> Record:
+        record = self.record or Record(judged=self.kernels is None)
+        if self.kernels is None:
+            return record
+        grad_norm, clip_coef, penalty, zeros, numel, _ = self.kernels.numbers()
+        if record.judged:
+            grad_norm, clip_coef = record.grad_norm, record.clip_coef
+        return replace(
+            record,
+            judged=True,
+            grad_norm=grad_norm,
+            clip_coef=clip_coef,
+            penalties=[Part(_tensor(penalty)), *record.penalties],
+            zeros=record.zeros + zeros,
+            numel=record.numel + numel,
+        )
+
+
+class Stats:
+    """Of the last step, as 0-dim tensors, which can be gone through in this order.
 
     ``grad_norm``      norm over all parameters of the gradient, with the penalty's gradient where that is clipped too;
                        NaN where neither ``max_norm`` nor ``nonfinite`` asked for it: it would cost a pass over the
@@ -24,58 +113,78 @@ class Stats(NamedTuple):
 
     ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped. Where CUDA kernels made the step,
     the tensors are on their device, and reading the stats does not wait for it.
+
+    Zeros of tensors that were stepped in pure PyTorch are counted when the optimizer's ``stats`` are asked for, in the
+    parameters as they are then. Of sharded parameters (DTensor) each rank has its share of ``penalty`` and
+    ``zero_fraction``: reading one of the two adds up the shares in a collective operation, in which every rank has to
+    take part. The other numbers need none.
     """
 
-    grad_norm: torch.Tensor
-    clip_coef: torch.Tensor
-    penalty: torch.Tensor
-    zero_fraction: torch.Tensor
-    skipped: torch.Tensor
+    FIELDS = ("grad_norm", "clip_coef", "penalty", "zero_fraction", "skipped")
+
+    grad_norm: Tensor
+    clip_coef: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self, record: Record, skipped: Number, was_taken: bool, param_groups: Sequence[dict[str, Any]]
+    ) -> None:
+        self.grad_norm = _tensor(math.nan if record.grad_norm is None else record.grad_norm)
+        self.clip_coef = _tensor(record.clip_coef)
+        self.skipped = _tensor(skipped).to(torch.int64)
+        self._was_taken = was_taken
+        self._has_norm = record.grad_norm is not None
+        self._penalties = record.penalties
+        self._zeros = [Part(_tensor(record.zeros))]
+        numel = record.numel
+        for g, i in record.stepped:
+            # Groups and parameters may have gone since.
+            params = list(param_groups[g]["params"]) if g < len(param_groups) else []
+            if i < len(params):
+                self._zeros.append(_zeros_of(params[i]))
+                numel = numel + params[i].numel()
+        self._numel = _tensor(numel)
+
+    @cached_property
+    def penalty(self) -> Tensor:
+        return whole_sum((part.value, part.shards) for part in self._penalties)
+
+    @cached_property
+    def zero_fraction(self) -> Tensor:
+        zeros = whole_sum((part.value, part.shards) for part in self._zeros)
+        return zeros / self._numel.to(zeros.device).clamp(min=1)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, name) for name in self.FIELDS)
+
+    def __repr__(self) -> str:
+        return f"Stats({', '.join(f'{name}={value:.6g}' for name, value in self.as_floats().items())})"
+
+    def as_floats(self) -> dict[str, float]:
+        """The numbers for a logger, by name: plain floats, and only what was measured.
+
+        ``grad_norm`` is left out where nothing asked for it, everything before the first step. A NaN in it is one of
+        the gradients'. Waits for a device that has the numbers; a collective operation where parameters are sharded.
+
+        Example::
+
+            >>> p = torch.nn.Parameter(torch.tensor([0.5, -2.0]))
+            >>> optimizer = regfused.SGD([p], lr=0.1, l1=1.0, proximal=True)
+            >>> p.grad = torch.tensor([4.0, 0.0])
+            >>> optimizer.step()
+            >>> optimizer.stats.as_floats()
+            {'clip_coef': 1.0, 'penalty': 2.5, 'zero_fraction': 0.5, 'skipped': 0.0}
+        """
+        names = self.FIELDS if self._has_norm else self.FIELDS[1:]
+        return {name: float(getattr(self, name)) for name in names} if self._was_taken else {}
 
 
-Number = float | torch.Tensor
+@torch.no_grad()
+def _zeros_of(param: Tensor) -> Part:
+    shards = shards_of(param)
+    here = part_of(param) if shards is not None else param
+    return Part((here == 0).sum(), shards)
 
 
-class Numbers(Protocol):
-    """What a step leaves behind for `Stats`: a `Record`, or a plan of the compiled part."""
-
-    def numbers(self) -> tuple[Number, Number, Number, Number, Number, Number]:
-        """grad_norm, clip_coef, penalty, how many exact zeros, among how many elements, skipped steps."""
-        ...
-
-
-@dataclass
-class Record:
-    """The numbers of a step of the reference; tensors stay on their device until somebody reads the stats."""
-
-    grad_norm: Number = math.nan
-    clip_coef: Number = 1.0
-    penalties: list[torch.Tensor] = field(default_factory=list)
-    zero_counts: list[torch.Tensor] = field(default_factory=list)
-    numel: int = 0
-    skipped: int = 0
-
-    @property
-    def penalty(self) -> float:
-        return sum(float(penalty) for penalty in self.penalties)
-
-    @property
-    def zeros(self) -> int:
-        return sum(int(count) for count in self.zero_counts)
-
-    def numbers(self) -> tuple[Number, Number, Number, Number, Number, Number]:
-        return self.grad_norm, self.clip_coef, self.penalty, self.zeros, self.numel, self.skipped
-
-
-def stats_of(source: Numbers) -> Stats:
-    """Stats of a step of the kernels or of the reference."""
-    grad_norm, clip_coef, penalty, zeros, numel, skipped = (
-        torch.as_tensor(number, dtype=torch.float64).detach() for number in source.numbers()
-    )
-    return Stats(
-        grad_norm=grad_norm,
-        clip_coef=clip_coef,
-        penalty=penalty,
-        zero_fraction=zeros / numel.clamp(min=1),
-        skipped=skipped.to(torch.int64),
-    )
+def _tensor(number: Number) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64).detach()

@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 
 from regfused import checkpoint, options
 from regfused.reference import sgd_step
-from regfused.stats import Record, Stats, stats_of
+from regfused.stats import LastStep, Stats
+from regfused.tracing import values_are_known
 
 
 class SGD(torch.optim.SGD):
@@ -74,6 +75,7 @@ class SGD(torch.optim.SGD):
             "fused": fused,
         }
         options.check_construction(type(self).__name__, defaults)
+        self._last = LastStep()
         # Not torch.optim.SGD.__init__: its defaults would lack ours.
         torch.optim.Optimizer.__init__(self, params, defaults)
 
@@ -116,6 +118,9 @@ class SGD(torch.optim.SGD):
         finally:
             handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": self._last.frozen()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also the last step of ``load_state_dict``: what is missing keeps the values it had; what is wrong raises."""
         operation = f"{type(self).__name__}.load_state_dict"
@@ -130,11 +135,16 @@ class SGD(torch.optim.SGD):
         options.check_groups(operation, groups)
         options.check_momentum_buffers(operation, groups, state["state"])
         torch.optim.Optimizer.__setstate__(self, state)
+        self.__dict__.setdefault("_last", LastStep())
 
     @property
     def stats(self) -> Stats:
-        """Numbers of the last step as 0-dim tensors, collected by the step itself; see `regfused.stats.Stats`."""
-        return stats_of(self.__dict__.get("_numbers") or Record())
+        """Numbers of the last step as 0-dim tensors, collected by the step itself; see `regfused.stats.Stats`.
+
+        ``optimizer.stats.as_floats()`` has them for a logger.
+        """
+        # Plain attributes: on an object that is put around an optimizer, and has its class, they lead to it.
+        return self._last.stats(self.param_groups)
 
     # --- The step ---------------------------------------------------------------------------------
 
@@ -178,12 +188,6 @@ class SGD(torch.optim.SGD):
         self._step()
         return loss
 
-    def _amp(self) -> tuple[float | None, bool]:
-        """The scale of the gradients, and whether one overflowed."""
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        return None if grad_scale is None else float(grad_scale), found_inf is not None and float(found_inf) != 0
-
     @torch.compiler.disable
     def _step(self) -> None:
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
@@ -191,33 +195,77 @@ class SGD(torch.optim.SGD):
 
     def _step_in_torch(self) -> None:
         operation = f"{type(self).__name__}.step"
-        last = self.__dict__.get("_numbers") or Record()
-        grad_scale, overflow = self._amp()
-        if overflow:
-            self._numbers = replace(last, skipped=last.skipped + 1)
+        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        options.list_params(self.param_groups)
+        known = values_are_known(param for group in self.param_groups for param in group["params"])
+        if found_inf is not None and known and float(found_inf) != 0:
+            self._last.skipped += 1
             return
         options.check_groups(operation, self.param_groups)
         options.check_momentum_buffers(operation, self.param_groups, self.state)
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        entries = sgd_step.collect(pairs, grad_scale, operation)
+        if grad_scale is not None:
+            grad_scale = float(grad_scale) if known else grad_scale.to(torch.float64)
+        params = (
+            (g, i, group, param)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        )
+        entries = sgd_step.collect(params, grad_scale, operation, self.state)
         first = self.param_groups[0]
-        grad_norm = torch.tensor(math.nan)
-        if sgd_step.needs_norm(first):
-            grad_norm = sgd_step.norm(entries, float(first["norm_type"]))
-        # The one place where the host waits for a device, and only under these policies.
-        if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
-            if first["nonfinite"] == "error":
-                raise RuntimeError(
-                    f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {grad_norm.item()}"
-                )
-            self._numbers = replace(last, grad_norm=grad_norm, clip_coef=0.0, skipped=last.skipped + 1)
-            return
-        update = sgd_step.Update(entries, self.state, sgd_step.clip_coefficient(first["max_norm"], grad_norm))
-        update.commit()
-        self._numbers = replace(update.record, grad_norm=grad_norm, skipped=last.skipped)
+        grad_norm = sgd_step.norm(entries, float(first["norm_type"])) if sgd_step.needs_norm(first) else None
+        clip_coef = None if grad_norm is None else sgd_step.clip_coefficient(first["max_norm"], grad_norm)
+        if known:
+            # The one place where the host waits for a device, and only under these policies.
+            if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
+                if first["nonfinite"] == "error":
+                    raise RuntimeError(_nonfinite(operation, grad_norm.item()))
+                self._last.skip(grad_norm)
+                return
+            update = sgd_step.Update(entries, self.state, clip_coef)
+            update.commit()
+            self._last.by_reference(replace(update.record, grad_norm=grad_norm))
+        else:
+            self._step_unseen(operation, entries, grad_norm, clip_coef, found_inf)
+
+    def _step_unseen(
+        self,
+        operation: str,
+        entries: list[sgd_step.Entry],
+        grad_norm: Tensor | None,
+        clip_coef: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The end of a step whose values nobody can look at: what depends on one is an operation, for tracers to see.
+
+        A step that does not happen leaves zeros as momentum buffers where it is the first one.
+        """
+        overflows = None if found_inf is None else found_inf.reshape(()) != 0
+        happens = None if overflows is None else ~overflows
+        policy = self.param_groups[0]["nonfinite"]
+        if grad_norm is not None and policy != "propagate":
+            finite = grad_norm.isfinite()
+            if policy == "skip":
+                happens = finite if happens is None else finite & happens
+                clip_coef = torch.where(finite, 1.0 if clip_coef is None else clip_coef, 0.0)
+            else:
+                torch._assert_async(finite if overflows is None else finite | overflows, _nonfinite(operation, "not"))
+        if sgd_step.share_memory(entries):
+            record = sgd_step.update_in_turn(entries, self.state, clip_coef, happens)
+        else:
+            update = sgd_step.Update(entries, self.state, clip_coef, happens)
+            update.commit()
+            record = update.record
+        self._last.by_reference(replace(record, grad_norm=grad_norm))
+        if happens is not None:
+            self._last.skipped = self._last.skipped + (~happens).to(torch.float64)
+
+
+def _nonfinite(operation: str, norm: float | str) -> str:
+    return f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {norm}"
 
 
 def _fitting(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A hook of ``load_state_dict``."""
+    options.list_params(optimizer.param_groups)
     operation = f"{type(optimizer).__name__}.load_state_dict"
     return checkpoint.fitting(operation, optimizer.param_groups, state_dict)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from regfused import options
 from regfused.reference.slices import slice_norms
-from regfused.stats import Record
+from regfused.shards import Shards, are_alike, is_dtensor, like, over_all_ranks, part_of, shards_of
+from regfused.stats import Part, Record
+from regfused.tracing import values_are_known
 
 Group = dict[str, Any]
 State = MutableMapping[Any, Any]
@@ -22,21 +24,23 @@ Write = Callable[[list[Tensor], list[Tensor]], None]
 
 @dataclass
 class Entry:
-    """One parameter that has a gradient, with its group. What is derived of both is made when asked for, not kept."""
+    """One parameter that has a gradient, with its group. What is derived of both is made when asked for, not kept.
+
+    Of a sharded parameter an entry has what this rank has: a step works element by element.
+    """
 
     group: Group
+    place: tuple[int, int]  # which group, and where in it
     param: Tensor
-    value: Tensor  # what is read as p: the parameter, but see `_copies_of_shared_memory`
-    grad_scale: float | None
+    target: Tensor  # what is written: the parameter, or this rank's part of it
+    value: Tensor  # what is read as p: the target, but see `_copies_of_shared_memory`
+    raw_grad: Tensor
+    grad_scale: float | Tensor | None
+    shards: Shards | None = None  # where `target` is a part
 
     @property
     def sparse(self) -> bool:
         return self.raw_grad.layout != torch.strided
-
-    @property
-    def raw_grad(self) -> Tensor:
-        assert self.param.grad is not None
-        return self.param.grad
 
     def unscaled(self) -> Tensor:
         """g / grad_scale, in the type of arithmetic."""
@@ -54,28 +58,59 @@ class Entry:
         return self.grad()
 
 
-def collect(pairs: Iterable[tuple[Group, Tensor]], grad_scale: float | None, operation: str) -> list[Entry]:
-    """Entries for all parameters that have a gradient. Checks, and changes nothing."""
-    entries = [Entry(group, param, param, grad_scale) for group, param in pairs if param.grad is not None]
-    for i, entry in enumerate(entries):
-        param, grad = entry.param, entry.raw_grad
-        if entry.sparse and not (grad_scale is None and options.group_allows_sparse(entry.group)):
-            raise RuntimeError(
-                f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
-                f"fused=True demand dense gradients, but one of shape {tuple(param.shape)} has layout {grad.layout}"
-            )
-        place = f"item {i} of those with a gradient, of shape {tuple(param.shape)},"
-        if grad.shape != param.shape:
-            raise RuntimeError(
-                f"{operation}: a gradient must have the shape of its parameter, but {place} has one of "
-                f"{tuple(grad.shape)}"
-            )
-        written = [("parameter", param)] if grad_scale is None else [("parameter", param), ("gradient", grad)]
-        for name, tensor in written:
-            why = why_not_written(tensor)
-            if why:
-                raise RuntimeError(f"{operation}: a step has to write every {name}, but that of {place} {why}")
+def collect(
+    params: Iterable[tuple[int, int, Group, Tensor]], grad_scale: float | Tensor | None, operation: str, state: State
+) -> list[Entry]:
+    """Entries for all parameters that have a gradient. Checks, and changes nothing.
+
+    Args:
+        params: each with the index of its group, its index in it, and the group.
+        grad_scale: by which gradients are to be divided, or None.
+        operation: for messages.
+        state: of the optimizer.
+    """
+    entries = []
+    for g, i, group, param in params:
+        if param.grad is None:
+            continue
+        entry = Entry(group, (g, i), param, param, param, param.grad, grad_scale)
+        _check(entry, f"parameter {i} of group {g}, of shape {tuple(param.shape)},", operation)
+        if is_dtensor(param) and _is_local(entry, state):
+            part = part_of(param)
+            shards = shards_of(param)
+            entry = replace(entry, target=part, value=part, raw_grad=part_of(param.grad), shards=shards)
+        entries.append(entry)
     return entries
+
+
+def _check(entry: Entry, place: str, operation: str) -> None:
+    param, grad = entry.param, entry.raw_grad
+    if entry.sparse and not (entry.grad_scale is None and options.group_allows_sparse(entry.group)):
+        raise RuntimeError(
+            f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
+            f"fused=True demand dense gradients, but one of shape {tuple(param.shape)} has layout {grad.layout}"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{operation}: a gradient must have the shape of its parameter, but {place} has one of {tuple(grad.shape)}"
+        )
+    written = [("parameter", param)] if entry.grad_scale is None else [("parameter", param), ("gradient", grad)]
+    for name, tensor in written:
+        why = why_not_written(tensor)
+        if why:
+            raise RuntimeError(f"{operation}: a step has to write every {name}, but that of {place} {why}")
+
+
+def _is_local(entry: Entry, state: State) -> bool:
+    """Whether a step of a DTensor is one of its parts: then no rank needs what another one has, but for the norm."""
+    param, buffer = entry.param, state.get(entry.param, {}).get("momentum_buffer")
+    return (
+        shards_of(param) is not None
+        and are_alike(param, entry.raw_grad)
+        and (buffer is None or are_alike(param, buffer))
+        and float(entry.group["group_l1"]) == 0
+        and not torch.is_grad_enabled()
+    )
 
 
 def why_not_written(tensor: Tensor) -> str:
@@ -89,18 +124,39 @@ def why_not_written(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -> Tensor:
-    """The norm over all entries, and over norms of tensors that are not among them: 0-dim, accumulated in float64."""
-    norms = [torch.tensor(other, dtype=torch.float64) for other in others]
+    """The norm over all entries, and over norms of tensors that are not among them: 0-dim, accumulated in float64.
+
+    Of sharded entries each rank has its part: one collective operation for all that are spread over the same ranks.
+    """
+    by_shards: dict[Shards | None, list[Tensor]] = {None: [torch.tensor(n, dtype=torch.float64) for n in others]}
     for entry in entries:
         h = entry.raw_grad.coalesce().values() if entry.sparse else entry.h()
         if h.numel() == 0:
-            continue  # the maximum of nothing is an error in torch
+            if entry.shards is None:
+                continue  # the maximum of nothing is an error in torch
+            h = h.new_zeros(1)  # other ranks have a part
         dtype = torch.complex128 if h.is_complex() else torch.float64
-        norms.append(_on_every_rank(torch.linalg.vector_norm(h, norm_type, dtype=dtype)).to(torch.float64))
-    if not norms:
+        h_norm = torch.linalg.vector_norm(h, norm_type, dtype=dtype)
+        by_shards.setdefault(entry.shards, []).append(over_all_ranks(h_norm, None).to(torch.float64))
+    device = next((norms[-1].device for norms in reversed(by_shards.values()) if norms), None)
+    if device is None:
         return torch.zeros((), dtype=torch.float64)
-    device = norms[-1].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
+    whole = []
+    for shards, norms in by_shards.items():
+        if norms:
+            whole.append(_norms_over_all_ranks(torch.stack([n.to(device) for n in norms]), norm_type, shards))
+    return torch.linalg.vector_norm(torch.cat(whole), norm_type)
+
+
+def _norms_over_all_ranks(norms: Tensor, norm_type: float, shards: Shards | None) -> Tensor:
+    """Norms of tensors from norms of their parts: some power of them can be added up."""
+    if shards is None or not any(shards.sharded):
+        return norms
+    if norm_type in (float("inf"), float("-inf")):
+        return over_all_ranks(norms, shards, "max" if norm_type > 0 else "min")
+    if norm_type == 0:  # how many are not zero
+        return over_all_ranks(norms, shards)
+    return over_all_ranks(norms**norm_type, shards) ** (1 / norm_type)
 
 
 def needs_norm(group: Group) -> bool:
@@ -123,26 +179,40 @@ class Update:
         entries: as collected.
         state: of the optimizer.
         clip_coef: c, or None for no clip at all.
+        happens: a 0-dim tensor of a bool where the host cannot know whether the step happens: what is written is what
+            was there, where it does not. A momentum buffer that the step makes is zero then.
+        first: parameters whose gradient is their first one; those that have no momentum buffer, by default.
     """
 
-    def __init__(self, entries: list[Entry], state: State, clip_coef: Tensor | float | None) -> None:
-        #: Penalty and zeros of what will have been stepped.
+    def __init__(
+        self,
+        entries: list[Entry],
+        state: State,
+        clip_coef: Tensor | float | None,
+        happens: Tensor | None = None,
+        first: set[Tensor] | None = None,
+    ) -> None:
+        #: Penalty and places of what will have been stepped.
         self.record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
         self._state = state
         self._clip_coef = clip_coef
+        self._happens = happens
+        self._first = first_gradients(entries, state) if first is None else first
+        self._known = values_are_known(entry.param for entry in entries)
         self._to: list[Tensor] = []
         self._from: list[Tensor] = []
         self._velocities: dict[Tensor, Tensor] = {}  # of parameters that share their memory, as stored
         self._fresh: dict[Tensor, dict[str, Any]] = {}  # state that is to replace what is there, by parameter
-        copies = {} if torch.is_grad_enabled() else _copies_of_shared_memory(entries)
+        self._parts_of: list[Tensor] = []  # sharded tensors whose parts are written
+        copies = _copies_of_shared_memory(entries) if self._known and not torch.is_grad_enabled() else {}
         for entry in entries:
-            entry = replace(entry, value=copies.get(entry.param, entry.param))
+            entry = replace(entry, value=copies.get(entry.param, entry.value))
             if entry.sparse:
                 self._step_sparse(entry)
             else:
                 self._step_dense(entry)
-            if entry.value is not entry.param:
-                self._write(entry.param, entry.value)
+            if entry.value is not entry.target:
+                self._write(entry.target, entry.value)
 
     def commit(self, write: Write | None = None) -> None:
         """All of it, or, where this raises, nothing.
@@ -151,32 +221,36 @@ class Update:
             write: what writes, instead of torch alone.
         """
         done = torch.zeros((), device="cpu")
-        self._write(done, torch.ones((), device="cpu"))
+        if self._known:
+            self._to.append(done)
+            self._from.append(torch.ones((), device="cpu"))
         before = {param: self._state.get(param) for param in self._fresh}
         try:
             # One call, which runs no Python: tensors that are keys of a dictionary have been hashed.
             self._state.update(self._fresh)
             (write or _write_in_torch)(self._to, self._from)
         except BaseException:
-            if not done:
+            if not (self._known and done):
                 for param, entry in before.items():
                     if entry is None:
                         self._state.pop(param, None)
                     else:
                         self._state[param] = entry
             raise
+        if self._parts_of:
+            torch.autograd.graph.increment_version(self._parts_of)
 
     def _write(self, to: Tensor, source: Tensor) -> None:
+        if self._happens is not None:
+            source = torch.where(self._happens.to(to.device), source.to(to.dtype), to)
         self._to.append(to)
         self._from.append(source)
 
     def _step_dense(self, entry: Entry) -> None:
         group, param = entry.group, entry.value
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        if isinstance(lr, Tensor) and not group["differentiable"]:
-            lr = lr.item()
+        lr, momentum, weight_decay = self._number(group["lr"]), group["momentum"], group["weight_decay"]
         if _is_on(group["l1"]) or _is_on(group["l2"]):
-            self.record.penalties.append(_penalty(param.detach(), group))
+            self.record.penalties.append(Part(_penalty(param.detach(), group), entry.shards))
         old = _arithmetic(param)
 
         d = entry.h()
@@ -207,14 +281,15 @@ class Update:
         if _is_on(group["group_l1"]) and _is_on(lr):
             new = _shrink_groups(new, lr * group["group_l1"], group["group_dim"])
 
-        if param is entry.param:
-            self._write(param, new)
+        if param is entry.target:
+            self._write(entry.target, new)
         else:
             param.copy_(new)
+        if entry.shards is not None:
+            self._parts_of.append(entry.param)
         if entry.grad_scale is not None:  # torch's AMP contract
             self._write(entry.raw_grad, entry.unscaled())
-        self.record.zero_counts.append(_on_every_rank(torch.sum(new.detach() == 0)))
-        self.record.numel += param.numel()
+        self.record.stepped.append(entry.place)
 
     def _step_sparse(self, entry: Entry) -> None:
         """As torch's for-loop, for which the options were checked to be torch's."""
@@ -233,26 +308,65 @@ class Update:
 
     def _accelerate(self, entry: Entry, u: Tensor, gain: float) -> Tensor:
         """The velocity momentum*b + gain*u, or u itself at the first gradient; it goes to the momentum buffer."""
-        param = entry.param
-        buffer = self._state.get(param, {}).get("momentum_buffer")
-        b = self._velocities.get(param, buffer)
+        param, momentum = entry.param, entry.group["momentum"]
+        state = self._state.get(param, {})
+        buffer = state.get("momentum_buffer")
+        if buffer is not None and entry.shards is not None:
+            self._parts_of.append(buffer)
+            buffer = part_of(buffer)
+        # A parameter that is listed twice has two first gradients, and one buffer, that of the second.
+        b = None if param in self._first else self._velocities.get(param, buffer)
+        if b is not None and b.layout == torch.strided:
+            b = b.to(param.dtype)  # the parameter may have come to another type
         if b is None:
             velocity = u
         elif b.layout != torch.strided and u.layout == torch.strided:
-            velocity = gain * u + entry.group["momentum"] * b
+            velocity = gain * u + momentum * b
         else:
-            velocity = entry.group["momentum"] * _arithmetic(b) + gain * u
-        if entry.value is not param:
+            velocity = momentum * _arithmetic(b) + gain * u
+        if entry.value is not entry.target:
             self._velocities[param] = velocity.to(param.dtype)
-        if buffer is not None and buffer.layout == velocity.layout == torch.strided:
+        if (
+            buffer is not None
+            and buffer.layout == velocity.layout == torch.strided
+            and buffer.dtype == param.dtype
+            and param not in self._first
+        ):
             self._write(buffer, velocity)
             return velocity
         kept = velocity.clone()
         if velocity.layout == torch.strided:
-            kept = torch.empty_like(param, requires_grad=False)
-            kept.copy_(velocity)
-        self._fresh[param] = {**self._state.get(param, {}), "momentum_buffer": kept}
+            kept = torch.empty_like(entry.target, requires_grad=False)
+            kept.copy_(velocity if self._happens is None else torch.where(self._happens, velocity, 0))
+        if entry.shards is not None:
+            kept = like(param, kept)
+        self._fresh[param] = {**state, "momentum_buffer": kept}
         return velocity
+
+    def _number(self, value: float | Tensor) -> float | Tensor:
+        """A learning rate as a number, where it has to be a tensor as a 0-dim one."""
+        if not isinstance(value, Tensor):
+            return max(value, 0.0)
+        if torch.is_grad_enabled():
+            return value
+        return value.reshape(()).to(torch.float64).clamp(min=0) if not self._known else max(value.item(), 0.0)
+
+
+def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
+    """Parameters that have no momentum buffer yet."""
+    return {e.param for e in entries if state.get(e.param, {}).get("momentum_buffer") is None}
+
+
+def update_in_turn(entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None) -> Record:
+    """One update after the other, for a tracer that does not see which parameters share their memory."""
+    record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
+    first = first_gradients(entries, state)
+    for entry in entries:
+        update = Update([entry], state, clip_coef, happens, first)
+        update.commit()
+        record.penalties += update.record.penalties
+        record.stepped += update.record.stepped
+    return record
 
 
 def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
@@ -270,12 +384,23 @@ def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(plain_to, plain_sources)
 
 
+def share_memory(entries: list[Entry]) -> bool:
+    """Whether two parameters share a storage, or one is listed twice."""
+    times = Counter(s.data_ptr() for s in _storages(entries) if s is not None)
+    times.pop(0, None)
+    return any(count > 1 for count in (*times.values(), *Counter(e.param for e in entries).values()))
+
+
+def _storages(entries: list[Entry]) -> list[torch.UntypedStorage | None]:
+    return [e.param.untyped_storage() if options.is_plain(e.param) else None for e in entries]
+
+
 def _copies_of_shared_memory(entries: list[Entry]) -> dict[Tensor, Tensor]:
     """Copies of parameters that share their storage with another one, or are listed twice: they share it there too.
 
     Updates of such parameters follow one another, and each must see what the one before it did.
     """
-    storages = [e.param.untyped_storage() if options.is_plain(e.param) else None for e in entries]
+    storages = _storages(entries)
     times = Counter(s.data_ptr() for s in storages if s is not None)
     copied: dict[int, torch.UntypedStorage] = {}
     copies: dict[Tensor, Tensor] = {}
@@ -292,10 +417,12 @@ def _copies_of_shared_memory(entries: list[Entry]) -> dict[Tensor, Tensor]:
 
 def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> Tensor:
     """w * max(1 - threshold/||w||, 0) for each slice w of a parameter as it is stored; a NaN norm stays NaN."""
-    if float(threshold) == 0 or param.numel() == 0:
+    if param.numel() == 0 or (not isinstance(threshold, Tensor) and threshold == 0):
         return param
     # A quotient of equal numbers is 1: where the norm is below the threshold the factor is exactly 0.
     factors = 1 - threshold / torch.clamp(slice_norms(param, dim), min=threshold)
+    if isinstance(threshold, Tensor):
+        factors = torch.where(threshold > 0, factors, 1.0)
     return (_arithmetic(param) * factors.to(_arithmetic(param).real.dtype)).to(param.dtype)
 
 
@@ -321,13 +448,7 @@ def _penalty(param: Tensor, group: Group) -> Tensor:
     """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
     size = torch.abs(param).double()
     absolute = group["l1"] * size.sum() if _is_on(group["l1"]) else size.new_zeros(())
-    return _on_every_rank(absolute + (group["l2"] * size.square().sum() if _is_on(group["l2"]) else 0.0))
-
-
-def _on_every_rank(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor; another tensor as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
+    return absolute + (group["l2"] * size.square().sum() if _is_on(group["l2"]) else 0.0)
 
 
 def _is_on(value: Any) -> bool:
