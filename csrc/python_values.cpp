@@ -45,7 +45,7 @@ at::Tensor number_on_device(PyObject* value) {
   if (!THPVariable_Check(value) || !is_plain(value)) return {};
   const at::Tensor& tensor = THPVariable_Unpack(value);
   const bool usable = is_asynchronous(tensor.device()) && tensor.numel() == 1 && tensor.layout() == at::kStrided &&
-                      tensor.is_floating_point() && !tensor.is_neg();
+                      tensor.is_floating_point() && !tensor.is_neg() && !tensor.is_meta();
   return usable ? tensor : at::Tensor();
 }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -208,11 +209,17 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def is_plain_class(cls: type[torch.Tensor]) -> bool:
     """Whether a class of tensors has neither ``__torch_function__`` nor ``__torch_dispatch__`` of its own."""
-    if cls in (torch.Tensor, torch.nn.Parameter):
-        return True
-    functions = [_in_class(own, "__torch_function__") for own in (torch.Tensor, torch.nn.Parameter)]
-    dispatch = _in_class(torch.Tensor, "__torch_dispatch__")
-    return _in_class(cls, "__torch_function__") in functions and _in_class(cls, "__torch_dispatch__") is dispatch
+    plain = _PLAIN_CLASSES.get(cls)
+    if plain is None:
+        functions = [_in_class(own, "__torch_function__") for own in (torch.Tensor, torch.nn.Parameter)]
+        dispatch = _in_class(torch.Tensor, "__torch_dispatch__")
+        plain = _in_class(cls, "__torch_function__") in functions and _in_class(cls, "__torch_dispatch__") is dispatch
+        _PLAIN_CLASSES[cls] = plain
+    return plain
+
+
+# Looked up for every tensor of a step.
+_PLAIN_CLASSES: MutableMapping[type, bool] = WeakKeyDictionary()
 
 
 def _in_class(cls: type, name: str) -> Any:

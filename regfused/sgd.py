@@ -9,7 +9,7 @@ import torch
 
 from regfused import extension, options, reference
 from regfused.reference import sgd_step
-from regfused.tracing import values_are_known
+from regfused.tracing import value_is_known, values_are_known
 
 
 def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
@@ -129,7 +129,7 @@ class SGD(reference.SGD):
             self._last.by_kernels(plan)
         else:
             try:
-                if not values_are_known(param for _, _, param in plan.leftover):
+                if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
                     return super()._step()
                 self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
             finally:
@@ -164,9 +164,9 @@ def _why_not_fused(params: list[torch.Tensor]) -> str:
     if extension.C is None:
         return f"the compiled part of regfused, but {extension.why_missing}"
     for i, param in enumerate(params):
-        # Meta tensors may get memory, and a device, before the first step.
-        taken = param.is_meta or extension.kernels_take(param)
-        if not taken or not options.is_plain(param):
+        if not value_is_known(param):
+            continue  # it may get memory, and a device, before the first step
+        if not extension.kernels_take(param) or not options.is_plain(param):
             plain = "" if options.is_plain_class(type(param)) else f" of class {type(param).__name__}"
             return (
                 "dense float32, float64, bfloat16 or float16 parameters on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def are_alike(a: Any, b: Any) -> bool:
 
 def part_of(tensor: Any) -> Tensor:
     """What this rank has of a DTensor; shares its memory. Autograd does not see it."""
-    with torch.no_grad():
+    with contextlib.nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
         part: Tensor = tensor.to_local()
         return part
 

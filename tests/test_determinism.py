@@ -33,8 +33,7 @@ def _step(name, dtype, **more):
     optimizer.step()
     optimizer.step()
     buffers = [entry["momentum_buffer"] for entry in optimizer.state.values()]
-    stats = optimizer.stats._asdict()
-    return [*params, *buffers, *(stats[name] for name in STATS)]
+    return [*params, *buffers, *(getattr(optimizer.stats, name) for name in STATS)]
 
 
 def _penalty(dtype):

@@ -223,6 +223,7 @@ class SGD(torch.optim.SGD):
                 return
             update = sgd_step.Update(entries, self.state, clip_coef)
             update.commit()
+            grad_norm = None if grad_norm is None else grad_norm.detach()
             self._last.by_reference(replace(update.record, grad_norm=grad_norm))
         else:
             self._step_unseen(operation, entries, grad_norm, clip_coef, found_inf)

@@ -77,8 +77,7 @@ def collect(
         _check(entry, f"parameter {i} of group {g}, of shape {tuple(param.shape)},", operation)
         if is_dtensor(param) and _is_local(entry, state):
             part = part_of(param)
-            shards = shards_of(param)
-            entry = replace(entry, target=part, value=part, raw_grad=part_of(param.grad), shards=shards)
+            entry = Entry(group, (g, i), param, part, part, part_of(param.grad), grad_scale, shards_of(param))
         entries.append(entry)
     return entries
 
@@ -122,11 +121,11 @@ def why_not_written(tensor: Tensor) -> str:
     return ""
 
 
-@torch.no_grad()
 def norm(entries: list[Entry], norm_type: float, others: Iterable[float] = ()) -> Tensor:
     """The norm over all entries, and over norms of tensors that are not among them: 0-dim, accumulated in float64.
 
     Of sharded entries each rank has its part: one collective operation for all that are spread over the same ranks.
+    Autograd runs through it where it is on.
     """
     by_shards: dict[Shards | None, list[Tensor]] = {None: [torch.tensor(n, dtype=torch.float64) for n in others]}
     for entry in entries:
@@ -193,7 +192,7 @@ class Update:
         first: set[Tensor] | None = None,
     ) -> None:
         #: Penalty and places of what will have been stepped.
-        self.record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
+        self.record = Record(clip_coef=_detached(clip_coef))
         self._state = state
         self._clip_coef = clip_coef
         self._happens = happens
@@ -206,7 +205,8 @@ class Update:
         self._parts_of: list[Tensor] = []  # sharded tensors whose parts are written
         copies = _copies_of_shared_memory(entries) if self._known and not torch.is_grad_enabled() else {}
         for entry in entries:
-            entry = replace(entry, value=copies.get(entry.param, entry.value))
+            if entry.param in copies:
+                entry = replace(entry, value=copies[entry.param])
             if entry.sparse:
                 self._step_sparse(entry)
             else:
@@ -359,7 +359,7 @@ def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
 
 def update_in_turn(entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None) -> Record:
     """One update after the other, for a tracer that does not see which parameters share their memory."""
-    record = Record(clip_coef=1.0 if clip_coef is None else clip_coef)
+    record = Record(clip_coef=_detached(clip_coef))
     first = first_gradients(entries, state)
     for entry in entries:
         update = Update([entry], state, clip_coef, happens, first)
@@ -426,11 +426,19 @@ def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> Tensor
     return (_arithmetic(param) * factors.to(_arithmetic(param).real.dtype)).to(param.dtype)
 
 
+def _detached(clip_coef: Tensor | float | None) -> Tensor | float:
+    """For the numbers of a step, which keep no graph alive."""
+    return 1.0 if clip_coef is None else clip_coef.detach() if isinstance(clip_coef, Tensor) else clip_coef
+
+
 def _arithmetic(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 in float32; everything else as it is."""
+    """float16 and bfloat16 in float32; everything else as it is.
+
+    Where autograd runs through the step it is a copy: the parameter itself will be written, and its graph may need it.
+    """
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor.float()
-    return tensor
+    return tensor.clone() if torch.is_grad_enabled() else tensor
 
 
 def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
