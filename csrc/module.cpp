@@ -67,6 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("release", &SgdPlan::release)
       .def_property_readonly("tensors", &SgdPlan::tensors)
       .def_property_readonly("needs_norm", &SgdPlan::needs_norm)
+      .def_property_readonly("outcome", &SgdPlan::outcome)
       .def_readonly("leftover", &SgdPlan::leftover)
       .def("numbers", &SgdPlan::numbers)
       .def_property_readonly("clip_coef", &SgdPlan::clip_coef);

@@ -60,6 +60,9 @@ class SgdPlan {
   // How many tensors the kernels take.
   size_t tensors() const { return driver_.tensors.size(); }
 
+  // What became of the last step: "stepped" (or left to the devices to judge), "overflow" or "nonfinite": skipped.
+  const char* outcome() const { return outcome_; }
+
   py::list leftover;
   double clip_coef() const { return scalars_.clip_coef; }
 
@@ -148,6 +151,7 @@ class SgdPlan {
   bool is_open_ = false;  // a step is left to Python between collect and update
 
   // Of the last step, as the host knows them. Where the devices judged, they have the norm and the coefficient.
+  const char* outcome_ = "stepped";
   bool devices_judged_ = false;
   bool measured_ = false;  // whether something needed a norm: measuring it would take a pass
   double grad_norm_ = NAN;

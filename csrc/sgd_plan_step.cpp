@@ -71,6 +71,7 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
   Entered entered(busy_);
   if (!number_on_device(found_inf.ptr()).defined() && !found_inf.is_none() && number(found_inf.ptr()) != 0) {
     ++skipped_;
+    outcome_ = "overflow";
     return true;
   }
   c10::AutoGradMode no_grad(false);
@@ -121,6 +122,7 @@ const char* SgdPlan::why_host_judges() const {
 bool SgdPlan::let_host_judge(py::handle grad_scale, py::handle found_inf) {
   if (driver_.found_inf.defined() && number(found_inf.ptr()) != 0) {
     ++skipped_;
+    outcome_ = "overflow";
     return false;
   }
   if (driver_.grad_scale.defined()) scalars_.grad_scale = number(grad_scale.ptr());
@@ -381,6 +383,7 @@ void SgdPlan::update_pass() {
 
 void SgdPlan::finish_update() {
   totals_ = driver_.totals();
+  outcome_ = "stepped";
   measured_ = needs_norm();
   if (scalars_.write_unscaled_grad)
     for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
@@ -397,6 +400,7 @@ bool SgdPlan::judge(double norm) {
     measured_ = true;
     grad_norm_ = norm;
     clip_coef_ = 0;
+    outcome_ = "nonfinite";
     ++skipped_;
     return false;
   }

@@ -28,6 +28,7 @@ _OFFERS = {
         "needs_norm",
         "norm",
         "numbers",
+        "outcome",
         "release",
         "step",
         "tensors",

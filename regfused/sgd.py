@@ -126,7 +126,8 @@ class SGD(reference.SGD):
             plan = self._plan = self._last.counting = extension.C.SgdPlan(_check)
         grad_scale = self.__dict__.get("grad_scale")
         if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
-            self._last.by_kernels(plan)
+            if self._last.kernels is not plan or self._last.record is not None:
+                self._last.by_kernels(plan, plan.outcome)
         else:
             try:
                 if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
@@ -146,12 +147,12 @@ class SGD(reference.SGD):
             if plan.needs_norm:
                 grad_norm = float(sgd_step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
             if not plan.judge(grad_norm):
-                self._last.by_kernels(plan, self._last.record)
+                self._last.by_kernels(plan, plan.outcome)
                 return
             update = sgd_step.Update(entries, self.state, plan.clip_coef)
             update.record.judged = False
             update.commit(plan.update)
-            self._last.by_kernels(plan, update.record)
+            self._last.by_kernels(plan, plan.outcome, update.record)
 
 
 @torch.compiler.disable

@@ -55,8 +55,13 @@ class LastStep:
     skipped: Number = 0  # steps that left no trace, but those that `kernels` have counted
     counting: Numbers | None = None  # who has counted others
 
-    def by_kernels(self, kernels: Numbers, record: Record | None = None) -> None:
-        self.kernels, self.record = kernels, record
+    def by_kernels(self, kernels: Numbers, outcome: str, record: Record | None = None) -> None:
+        """They have counted a skipped step; then what the step before left stays."""
+        if outcome == "stepped":
+            self.kernels, self.record = kernels, record
+        elif outcome == "nonfinite":
+            grad_norm, clip_coef, *_ = kernels.numbers()
+            self.by_reference(replace(self._merged(), grad_norm=grad_norm, clip_coef=clip_coef))
 
     def by_reference(self, record: Record) -> None:
         self.kernels, self.record = None, record

@@ -222,9 +222,9 @@ class SGD(torch.optim.SGD):
                 self._last.skip(grad_norm)
                 return
             update = sgd_step.Update(entries, self.state, clip_coef)
+            record = replace(update.record, grad_norm=None if grad_norm is None else grad_norm.detach())
             update.commit()
-            grad_norm = None if grad_norm is None else grad_norm.detach()
-            self._last.by_reference(replace(update.record, grad_norm=grad_norm))
+            self._last.by_reference(record)
         else:
             self._step_unseen(operation, entries, grad_norm, clip_coef, found_inf)
 
