@@ -294,9 +294,10 @@ bool SgdPlan::collect_closely(size_t p) {
   if (param.row >= 0 && !is_unchanged(param, tensor)) return false;
   const std::string why = why_left(p, tensor, grad);
   if (!why.empty()) {
-    TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: fused=True demands dense, strided float32, ",
-                "float64, bfloat16 or float16 tensors ", where_kernels_run(), " that share no memory, but ",
-                name_of(param), " ", why);
+    // The words in front are torch's.
+    TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: `fused=True` requires all the params to be ",
+                "floating point Tensors for its kernels: fused=True demands dense, strided float32, float64, bfloat16 ",
+                "or float16 tensors ", where_kernels_run(), " that share no memory, but ", name_of(param), " ", why);
     leftover.append(py::make_tuple(param.group, param.index, py::handle(known_[p].param)));
     return true;
   }

@@ -234,3 +234,33 @@ def test_exchanged_params_buffers_state_and_data(make):
         ours.step()
         loop.step()
         assert_params_equal(params, twins, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("fused", (None, True, False))
+@pytest.mark.parametrize(
+    "contain",
+    (tuple, torch.nn.ParameterList, iter, lambda params: (p for p in params), list),
+    ids=("tuple", "ParameterList", "iterator", "generator", "list"),
+)
+def test_params_in_other_containers(make, fused, contain):
+    """Written into a group of an optimizer that exists; what can be gone through once is there at the next step."""
+    params = make_params([5, 6])
+    twins = copy_params(params)
+    ours = make(params, lr=0.1, momentum=0.9, max_norm=1.0, fused=fused)
+    loop = make(twins, lr=0.1, momentum=0.9, max_norm=1.0)
+    for _ in range(2):
+        ours.param_groups[0]["params"] = contain(params)
+        for _ in range(2):
+            give_grads(params)
+            share_grads(params, twins)
+            ours.step()
+            loop.step()
+            assert_params_equal(params, twins)
+            assert ours.stats.as_floats() == loop.stats.as_floats()
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        ours.param_groups[0]["params"] = contain(params)
+        ours.load_state_dict(copy.deepcopy(loop.state_dict()))
+        assert len(ours.state) == 2
+    if make is regfused.SGD and fused is not False:
+        assert ours._plan.tensors == 2
