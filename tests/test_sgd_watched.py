@@ -222,9 +222,11 @@ def test_a_step_under_a_mode_is_the_step(name, mode):
     options = {k: v for k, v in OPTIONS[name].items() if k != "group_dim"}
     want = stepped_by_oracle(params, options)
     optimizer = regfused.SGD(params, **with_defaults(options))
+    versions = [p._version for p in params]
     with mode() as watching:
         optimizer.step()
     assert_close(params, want)
+    assert all(p._version > version for p, version in zip(params, versions, strict=True))
     if mode is Quiet:
         assert {p.data_ptr() for p in params} <= watching.written
 

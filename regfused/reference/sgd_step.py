@@ -382,6 +382,8 @@ def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
             tensor.copy_(source)
     if plain_to:
         torch._foreach_copy_(plain_to, plain_sources)
+        # Under a TorchDispatchMode that call does not do it.
+        torch.autograd.graph.increment_version([tensor for tensor in plain_to if not tensor.is_inference()])
 
 
 def share_memory(entries: list[Entry]) -> bool:

@@ -1,0 +1,188 @@
+"""Sharded parameters (DTensor): each rank steps its part, one collective operation makes the norm whole."""
+
+import copy
+import datetime
+import math
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+import regfused
+from regfused import extension, reference
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built"),
+]
+
+WORLD = 2
+SHAPES = ((4, 3), (5, 2), (3, 4), (1,), (7,))  # some rows do not divide, and a rank may have none
+OPTIONS = {
+    "momentum": {"momentum": 0.9},
+    "elastic net and clip": {"momentum": 0.9, "weight_decay": 0.1, "l1": 0.1, "l2": 0.05, "max_norm": 0.5},
+    "clip, norm 1": {"max_norm": 0.5, "norm_type": 1.0},
+    "clip, norm inf": {"max_norm": 0.1, "norm_type": math.inf},
+    "clip, norm 3": {"max_norm": 0.1, "norm_type": 3.0},
+    "proximal": {"momentum": 0.9, "l1": 0.3, "l2": 0.1, "proximal": True, "max_norm": 1.0},
+    "group lasso": {"momentum": 0.9, "group_l1": 0.3, "max_norm": 1.0},
+    "skip": {"momentum": 0.9, "nonfinite": "skip"},
+    "not clipped": {},
+}
+STEPS = 3
+
+
+def values(kind: str, step: int = 0) -> list[torch.Tensor]:
+    """The same on every rank."""
+    generator = torch.Generator().manual_seed(17 * step + len(kind))
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def placements_of(kind: str) -> list:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return {
+        "sharded": [[Shard(0)]] * len(SHAPES),
+        "replicated": [[Replicate()]] * len(SHAPES),
+        "mixed": [[Shard(0)], [Replicate()], [Shard(1)], [Replicate()], [Shard(0)]],
+        "with plain tensors": [[Shard(0)], None, [Shard(0)], None, [Replicate()]],
+    }[kind]
+
+
+KINDS = ("sharded", "replicated", "mixed", "with plain tensors")
+
+
+def on_mesh(tensors, kind, mesh) -> list[torch.Tensor]:
+    from torch.distributed.tensor import distribute_tensor
+
+    return [
+        t if placements is None else distribute_tensor(t, mesh, placements)
+        for t, placements in zip(tensors, placements_of(kind), strict=True)
+    ]
+
+
+def whole(tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def step_all(rank: int, mesh) -> dict:
+    """What each case comes to, and how many collective operations a step took."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    results = {}
+    for kind in KINDS:
+        for name, options in OPTIONS.items():
+            for make in (regfused.SGD, reference.SGD):
+                params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), kind, mesh)]
+                optimizer = make(params, lr=0.1, **options)
+                versions = [p._version for p in params]
+                for step in range(STEPS):
+                    for p, g in zip(params, on_mesh(values("grads", step), kind, mesh), strict=True):
+                        p.grad = g
+                    # The mode that counts must not change the way that a step takes.
+                    with mock.patch.object(extension.C, "is_watched", lambda: False), CommDebugMode() as counting:
+                        optimizer.step()
+                assert all(p._version > v for p, v in zip(params, versions, strict=True))
+                stats = optimizer.stats
+                if rank == 0:
+                    norm = stats.grad_norm.item()  # no other rank takes part
+                buffers = [optimizer.state[p]["momentum_buffer"] for p in params if "momentum" in options]
+                assert [type(b) for b in buffers] == [type(p.data) for p in params][: len(buffers)]
+                results[kind, name, make.__module__] = {
+                    "collectives": counting.get_total_counts(),
+                    "params": [whole(p) for p in params],
+                    "buffers": [whole(b) for b in buffers],
+                    "penalty": stats.penalty.item(),
+                    "zero_fraction": stats.zero_fraction.item(),
+                    "norm": norm if rank == 0 else None,
+                }
+    return results
+
+
+def checkpoint_and_kinds_of_grads(rank: int, mesh) -> dict:
+    """State goes through a checkpoint; a buffer from elsewhere is spread as its parameter; copies have the numbers."""
+    params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), "sharded", mesh)]
+    optimizer = regfused.SGD(params, lr=0.1, momentum=0.9, l1=0.1)
+    for step in range(2):
+        for p, g in zip(params, on_mesh(values("grads", step), "sharded", mesh), strict=True):
+            p.grad = g
+        optimizer.step()
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twin = regfused.SGD(twins, lr=0.7, momentum=0.9)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied = copy.deepcopy(optimizer)
+    assert copied.stats.penalty.item() == optimizer.stats.penalty.item()
+    for ps, o in ((params, optimizer), (twins, twin)):
+        for p, g in zip(ps, on_mesh(values("grads", 5), "sharded", mesh), strict=True):
+            p.grad = g
+        o.step()
+    return {"params": [whole(p) for p in params], "twins": [whole(p) for p in twins]}
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=datetime.timedelta(minutes=2)
+    )
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    results = {"steps": step_all(rank, mesh), "checkpoint": checkpoint_and_kinds_of_grads(rank, mesh)}
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def unsharded(request):
+    """The same training of ordinary tensors in float64."""
+    params = [torch.nn.Parameter(t.double()) for t in values("params")]
+    optimizer = reference.SGD(params, lr=0.1, **OPTIONS[request.param])
+    for step in range(STEPS):
+        for p, g in zip(params, values("grads", step), strict=True):
+            p.grad = g.double()
+        optimizer.step()
+    return request.param, params, optimizer
+
+
+@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.reference.sgd"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps(of_ranks, unsharded, kind, module):
+    name, params, optimizer = unsharded
+    results = [ranks["steps"][kind, name, module] for ranks in of_ranks]
+    for rank in results:
+        for got, want in zip(rank["params"], params, strict=True):
+            # Values of a size of 4 in float32.
+            torch.testing.assert_close(got.double(), want.detach(), rtol=0, atol=4e-6)
+        for got, p in zip(rank["buffers"], params, strict=False):
+            torch.testing.assert_close(got.double(), optimizer.state[p]["momentum_buffer"], rtol=0, atol=4e-6)
+        assert rank["penalty"] == pytest.approx(optimizer.stats.penalty.item(), rel=1e-6)
+        assert rank["zero_fraction"] == pytest.approx(optimizer.stats.zero_fraction.item())
+    assert results[0]["norm"] == pytest.approx(optimizer.stats.grad_norm.item(), rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.reference.sgd"))
+def test_collective_operations(of_ranks, module):
+    """One for each way in which tensors are split where there is a norm; none without, and none for the stats."""
+    for kind in KINDS:
+        for name, options in OPTIONS.items():
+            if "group_l1" in options:
+                continue  # slices are spread over ranks
+            has_norm = "max_norm" in options or "nonfinite" in options
+            split = kind != "replicated"
+            got = of_ranks[0]["steps"][kind, name, module]["collectives"]
+            assert got == (1 if has_norm and split else 0), (kind, name)
+
+
+def test_training_that_resumes(of_ranks):
+    for rank in of_ranks:
+        for p, q in zip(rank["checkpoint"]["params"], rank["checkpoint"]["twins"], strict=True):
+            assert torch.equal(p, q)
