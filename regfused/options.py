@@ -27,6 +27,9 @@ _CHOICES = ("foreach", "fused")
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
 OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
 
+# Schedulers come to zero by some thousand products and sums, each rounded to a part in 2^53 of rates up to about 100.
+_ROUNDING = 1e-12
+
 
 def number(operation: str, name: str, value: Any) -> float:
     """``value`` as a float; a one-element tensor counts as its value."""
@@ -52,12 +55,39 @@ def number(operation: str, name: str, value: Any) -> float:
         raise ValueError(f"{operation}: {name} must be one number of float64's range, but {error}") from None
 
 
-def check_strength(operation: str, name: str, value: Any) -> float:
-    """``value`` as a float; ``ValueError`` unless it is finite and >= 0."""
+def check_strength(operation: str, name: str, value: Any, below: float = 0.0) -> float:
+    """``value`` as a float; ``ValueError`` unless it is finite and >= 0, or ``below`` zero by so much at most."""
     strength = number(operation, name, value)
-    if not (math.isfinite(strength) and strength >= 0):
+    if not (math.isfinite(strength) and strength >= -below):
         raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}")
     return strength
+
+
+def rounding(value: Any) -> float:
+    """How far below zero rounding alone can bring a strength that schedulers lead to zero."""
+    if isinstance(value, torch.Tensor):
+        return max(_ROUNDING, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
+    if isinstance(value, int | float):
+        return _ROUNDING
+    # Numbers of other libraries, such as numpy.float32, by their size in bytes.
+    return {2: 2.0**-7, 4: 2.0**-23}.get(getattr(value, "itemsize", None), _ROUNDING)
+
+
+def strength(value: Any) -> Any:
+    """What a strength of a group, checked before, counts as in a step: itself, and 0 where rounding put it below.
+
+    A tensor stays one, on its device: the host does not wait for its value.
+    """
+    if isinstance(value, torch.Tensor):
+        return torch.clamp(value, min=0)
+    return value if value >= 0 else 0.0
+
+
+def as_it_counts(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with every `strength` as it counts in a step; the group itself where all are."""
+    if all(not isinstance(group[name], torch.Tensor) and group[name] >= 0 for name in _STRENGTHS):
+        return group
+    return {**group, **{name: strength(group[name]) for name in _STRENGTHS}}
 
 
 def check_max_norm(operation: str, value: Any) -> float:
@@ -91,19 +121,17 @@ def check_floating(operation: str, tensors: Iterable[Any]) -> None:
             )
 
 
-def check_group(operation: str, group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for the first option of ``group`` that is not as it must be."""
+def check_group(operation: str, group: Mapping[str, Any], *, new: bool = False) -> None:
+    """Raise ``ValueError`` for the first option of ``group`` that is not as it must be.
+
+    Args:
+        new: a strength is what somebody wrote: no scheduler has rounded it.
+    """
     for name in OPTIONS:
         if name not in group:
             raise ValueError(f"{operation}: a parameter group must have {name!r}, but has {sorted(group)}")
-    for name in group:
-        # Schedulers and people keep notes of their own in a group; a misspelt option is neither.
-        if name not in OPTIONS and name not in ("params", "param_names") and isinstance(name, str):
-            meant = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)
-            if meant:
-                raise ValueError(f"{operation}: unknown option {name!r}; did you mean {meant[0]!r}?")
     for name in _STRENGTHS:
-        check_strength(operation, name, group[name])
+        check_strength(operation, name, group[name], 0.0 if new else rounding(group[name]))
     dampening = number(operation, "dampening", group["dampening"])
     if not math.isfinite(dampening):
         raise ValueError(f"{operation}: dampening must be finite, but got {group['dampening']}")
@@ -127,7 +155,7 @@ def check_group_dim(operation: str, group: Mapping[str, Any]) -> None:
     dim = group["group_dim"]
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise ValueError(f"{operation}: group_dim must be an int, but got {dim!r} ({type(dim).__name__})")
-    if float(group["group_l1"]) == 0:
+    if float(strength(group["group_l1"])) == 0:
         return
     params = group.get("params", ())
     for i, param in enumerate([params] if isinstance(params, torch.Tensor) else params):
@@ -148,7 +176,7 @@ def check_dim(operation: str, name: str, dim: int, tensor: torch.Tensor, place: 
 
 def check_construction(operation: str, group: Mapping[str, Any]) -> None:
     """`check_group`, and what torch asks of a new group only: schedulers may pass through the rest."""
-    check_group(operation, group)
+    check_group(operation, group, new=True)
     if group["nesterov"] and (float(group["momentum"]) == 0 or float(group["dampening"]) != 0):
         raise ValueError(
             f"{operation}: nesterov demands a momentum and zero dampening, "
@@ -228,10 +256,10 @@ def group_allows_sparse(group: Mapping[str, Any]) -> bool:
     """Whether every option is one under which torch's for-loop takes a sparse gradient."""
     return (
         not group["fused"]
-        and float(group["l1"]) == 0
-        and float(group["l2"]) == 0
-        and float(group["group_l1"]) == 0
-        and float(group["weight_decay"]) == 0
+        and float(strength(group["l1"])) == 0
+        and float(strength(group["l2"])) == 0
+        and float(strength(group["group_l1"])) == 0
+        and float(strength(group["weight_decay"])) == 0
         and group["max_norm"] is None
         and group["nonfinite"] == "propagate"
         and not group["classical_momentum"]

@@ -56,7 +56,9 @@ class Entry:
 
 def collect(pairs: Iterable[tuple[Group, Tensor]], grad_scale: float | None, operation: str) -> list[Entry]:
     """Entries for all parameters that have a gradient. Checks, and changes nothing."""
-    entries = [Entry(group, param, param, grad_scale) for group, param in pairs if param.grad is not None]
+    entries = [
+        Entry(options.as_it_counts(group), param, param, grad_scale) for group, param in pairs if param.grad is not None
+    ]
     for i, entry in enumerate(entries):
         param, grad = entry.param, entry.raw_grad
         if entry.sparse and not (grad_scale is None and options.group_allows_sparse(entry.group)):
