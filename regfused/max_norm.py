@@ -34,14 +34,15 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
 
     Args:
         params: a tensor, or an iterable of them, such as ``model.parameters()``; floating point or complex, of any
-            shape and memory format. One that is listed twice counts once.
+            shape and memory format. One that is listed twice counts once. Views such as ``weight[:10]`` are fine; of a
+            pruned or parametrized module, whose ``weight`` is computed anew each time, what it is computed from.
         max_norm: the bound ``r``, >= 0, in the units of the parameters. 0 makes zeros, inf changes nothing.
         dim: the slices are ``p.select(dim, i)``, negative from the back: 0 has the rows of a ``Linear`` weight or the
             filters of a convolution. None: each tensor as a whole is one slice.
 
     Raises:
         ValueError: for a max_norm that is negative or NaN, a dim that a tensor does not have, tensors that are not
-            floating point or complex. Nothing has changed then.
+            floating point or complex, and for those that autograd has computed. Nothing has changed then.
 
     Example::
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +31,17 @@ _CHOICES = ("foreach", "fused")
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
 OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
 
+# What torch says of a negative one; programs look for it. So is every phrase in parentheses at the end of a message.
+_TORCHS_WORDS = {
+    "lr": "Invalid learning rate",
+    "momentum": "Invalid momentum value",
+    "weight_decay": "Invalid weight_decay value",
+}
+
 # Schedulers come to zero by some thousand products and sums, each rounded to a part in 2^53 of rates up to about 100.
+# csrc/strength.h has the same numbers.
 _ROUNDING = 1e-12
+_ROUNDING_OF = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def number(operation: str, name: str, value: Any) -> float:
@@ -44,7 +57,8 @@ def number(operation: str, name: str, value: Any) -> float:
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{operation}: {name} must be a number or a tensor with 1 element, "
-                f"but got a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+                f"but got a tensor of shape {tuple(value.shape)} and dtype {value.dtype} "
+                f"(Tensor {name} must be 1-element)"
             )
         return float(value.item())
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
@@ -59,14 +73,15 @@ def check_strength(operation: str, name: str, value: Any, below: float = 0.0) ->
     """``value`` as a float; ``ValueError`` unless it is finite and >= 0, or ``below`` zero by so much at most."""
     strength = number(operation, name, value)
     if not (math.isfinite(strength) and strength >= -below):
-        raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}")
+        torchs = f" ({_TORCHS_WORDS[name]}: {value})" if strength < 0 and name in _TORCHS_WORDS else ""
+        raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}{torchs}")
     return strength
 
 
 def rounding(value: Any) -> float:
     """How far below zero rounding alone can bring a strength that schedulers lead to zero."""
     if isinstance(value, torch.Tensor):
-        return max(_ROUNDING, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
+        return _ROUNDING_OF.get(value.dtype, _ROUNDING)
     if isinstance(value, int | float):
         return _ROUNDING
     # Numbers of other libraries, such as numpy.float32, by their size in bytes.
@@ -150,6 +165,33 @@ def check_group(operation: str, group: Mapping[str, Any], *, new: bool = False) 
             raise ValueError(f"{operation}: {name} must be True or False, but got {value!r}")
 
 
+def warn_of_misspelt(operation: str, group: Mapping[str, Any]) -> None:
+    """Warn of names in a new group that look like misspelt options.
+
+    Schedulers and people keep notes of their own in a group, such as ``initial_lr`` or ``use_weight_decay``: a name
+    with an option's whole name among its words is one.
+    """
+    for name in group:
+        if name in OPTIONS or name in ("params", "param_names") or not isinstance(name, str):
+            continue
+        words = f"_{name}_"
+        meant = difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.85)
+        if meant and not any(f"_{option}_" in words for option in OPTIONS):
+            warnings.warn(
+                f"{operation}: {name!r} is not an option and does nothing; did you mean {meant[0]!r}?",
+                stacklevel=stacklevel_of_the_caller(),
+            )
+
+
+def stacklevel_of_the_caller() -> int:
+    """The ``stacklevel`` of a warning, made by the function that asks, about a line outside of regfused and torch."""
+    inside = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def check_group_dim(operation: str, group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless ``group_dim`` is a dimension of every parameter that the group lasso shrinks."""
     dim = group["group_dim"]
@@ -180,12 +222,13 @@ def check_construction(operation: str, group: Mapping[str, Any]) -> None:
     if group["nesterov"] and (float(group["momentum"]) == 0 or float(group["dampening"]) != 0):
         raise ValueError(
             f"{operation}: nesterov demands a momentum and zero dampening, "
-            f"but got momentum={group['momentum']} and dampening={group['dampening']}"
+            f"but got momentum={group['momentum']} and dampening={group['dampening']} "
+            "(Nesterov momentum requires a momentum and zero dampening)"
         )
     if group["classical_momentum"] and float(group["dampening"]) != 0:
         raise ValueError(f"{operation}: classical_momentum has no dampening, but got dampening={group['dampening']}")
     if group["fused"] and group["foreach"]:
-        raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together")
+        raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError(f"{operation}: `fused` does not support `differentiable`")
 

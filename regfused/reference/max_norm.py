@@ -44,9 +44,41 @@ def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[l
             raise ValueError(
                 f"{OPERATION}: params must be floating point or complex, but params[{i}] is {tensor.dtype}"
             )
+        _check_stays(tensor, i)
         if dim is not None:
             options.check_dim(OPERATION, "dim", dim, tensor, f"params[{i}]")
     return tensors, radius
+
+
+def _check_stays(tensor: Tensor, i: int) -> None:
+    """Raise ``ValueError`` for a tensor that was computed, and will be again: what is written into it is lost."""
+    if torch.compiler.is_compiling():
+        return  # a graph has no autograd yet
+    base = tensor._base if tensor._is_view() else tensor  # a view of a parameter is as good as that
+    if base is None or base.grad_fn is None or tensor.retains_grad or base.retains_grad:
+        return
+    leaves = " or ".join(f"a parameter of shape {tuple(leaf.shape)}" for leaf in _leaves(base))
+    raise ValueError(
+        f"{OPERATION}: params must be parameters or views of them, but params[{i}] of shape {tuple(tensor.shape)} is "
+        f"computed ({base.grad_fn.name()}), as the weight of a pruned or parametrized module is, and would be computed "
+        f"again without the constraint. Pass what it is computed from{f', {leaves}' if leaves else ''}: the module's "
+        "weight_orig, weight_g or parametrizations.weight.original; or detach() it, to change what it holds now"
+    )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The tensors that autograd computes a tensor from; none where they are many."""
+    leaves: dict[int, Tensor] = {}
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes and len(seen) < 100:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        nodes.extend(following for following, _ in node.next_functions)
+    return list(leaves.values()) if not nodes and len(leaves) <= 3 else []
 
 
 def constrain(tensor: Tensor, radius: float, dim: int | None) -> None:

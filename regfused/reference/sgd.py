@@ -94,6 +94,7 @@ class SGD(torch.optim.SGD):
             options.check_construction(operation, complete)
             options.check_groups(operation, [*self.param_groups, complete])
             options.check_params(operation, [params] if isinstance(params, Tensor) else params)
+            options.warn_of_misspelt(operation, param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
