@@ -151,7 +151,8 @@ SgdGroup::Read SgdGroup::read() {
 }
 
 bool SgdGroup::read_lr() {
-  if (device_lr.defined()) hyper.lr = strength(values_[kLr].ptr());
+  if (device_lr.defined())
+    hyper.lr = rounded_up_to_zero(device_lr.item().toDouble(), regfused::rounding_of(device_lr.scalar_type()));
   return is_strength(hyper.lr);
 }
 

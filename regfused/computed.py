@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -27,19 +28,17 @@ def computed(module: nn.Module) -> Iterator[Computed]:
     for name, made in lists.items() if isinstance(lists, nn.ModuleDict) else ():
         if isinstance(made, ParametrizationList):
             sources = tuple(f"parametrizations.{name}.{source}" for source, _ in made.named_parameters())
-            yield Computed(name, sources, lambda made=made: _evaluated(made))
+            yield Computed(name, sources, partial(_evaluated, made))
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             name = hook._tensor_name
-            yield Computed(name, (f"{name}_orig",), lambda hook=hook: hook.apply_mask(module))
+            yield Computed(name, (f"{name}_orig",), partial(hook.apply_mask, module))
         elif isinstance(hook, WeightNorm):
-            yield Computed(hook.name, (f"{hook.name}_g", f"{hook.name}_v"), lambda hook=hook: hook.compute_weight(module))
+            sources = (f"{hook.name}_g", f"{hook.name}_v")
+            yield Computed(hook.name, sources, partial(hook.compute_weight, module))
         elif isinstance(hook, SpectralNorm):
-            yield Computed(
-                hook.name,
-                (f"{hook.name}_orig",),
-                lambda hook=hook: hook.compute_weight(module, do_power_iteration=False),
-            )
+            value = partial(hook.compute_weight, module, do_power_iteration=False)
+            yield Computed(hook.name, (f"{hook.name}_orig",), value)
 
 
 def _evaluated(made: ParametrizationList) -> Tensor:

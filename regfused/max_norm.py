@@ -53,7 +53,8 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
                 [0.3000, 0.4000]])
     """
     tensors, radius = in_torch.check(params, max_norm, dim)
-    taken = extension.C.takes(tensors) if extension.C is not None else [False] * len(tensors)
+    kernels = None if torch.compiler.is_compiling() else extension.C
+    taken = [False] * len(tensors) if kernels is None else kernels.takes(tensors)
     fused = [tensor for tensor, takes in zip(tensors, taken, strict=True) if takes]
     if fused:
         torch.ops.regfused.constrain_max_norm_(fused, radius, dim)

@@ -85,7 +85,8 @@ def rounding(value: Any) -> float:
     if isinstance(value, int | float):
         return _ROUNDING
     # Numbers of other libraries, such as numpy.float32, by their size in bytes.
-    return {2: 2.0**-7, 4: 2.0**-23}.get(getattr(value, "itemsize", None), _ROUNDING)
+    size: Any = getattr(value, "itemsize", None)
+    return {2: 2.0**-7, 4: 2.0**-23}.get(size, _ROUNDING)
 
 
 def strength(value: Any) -> Any:

@@ -160,6 +160,7 @@ def _why_not_fused(params: list[torch.Tensor]) -> str:
             return (
                 "dense float32, float64, bfloat16 or float16 parameters on "
                 f"{' or '.join(extension.DEVICES)}, but parameter "
-                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}"
+                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device} "
+                "(`fused=True` requires all the params to be floating point Tensors of supported devices)"
             )
     return ""

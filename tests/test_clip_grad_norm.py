@@ -122,7 +122,7 @@ def test_a_single_tensor_no_gradients_and_nothing_at_all(module):
 @pytest.mark.parametrize("name", ("clip_grad_norm_", "grad_norm"))
 def test_an_empty_generator_warns_as_torchs(module, name):
     arguments = (1.0,) if name == "clip_grad_norm_" else ()
-    with pytest.warns(UserWarning) as theirs:
+    with pytest.warns(UserWarning, match="empty generator") as theirs:
         torch.nn.utils.clip_grad_norm_((p for p in ()), 1.0)
     with pytest.warns(UserWarning, match=str(theirs[0].message)) as ours:
         assert getattr(module, name)((p for p in ()), *arguments).item() == 0

@@ -82,9 +82,13 @@ class Halved(nn.Module):
         return x * (0.0 if self.training else 0.5)
 
 
+def plain_model():
+    return nn.Sequential(*(nn.Linear(4, 3) for _ in range(7)), nn.LayerNorm(3), nn.LSTM(4, 3))
+
+
 def computed_model():
     """One layer for each way in which a module computes its weights, and the parameters by what they count as."""
-    model = nn.Sequential(*(nn.Linear(4, 3) for _ in range(7)), nn.LayerNorm(3), nn.LSTM(4, 3))
+    model = plain_model()
     prune.l1_unstructured(model[0], "weight", 5)
     prune.l1_unstructured(model[0], "bias", 1)
     prune.random_unstructured(model[0], "weight", 3)
@@ -149,7 +153,7 @@ def test_sparsity_of_computed_weights():
     report = regfused.sparsity(model)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert all(module.training for module in model.modules())
-    shapes = [p.shape for p in nn.Sequential(*(nn.Linear(4, 3) for _ in range(7)), nn.LayerNorm(3), nn.LSTM(4, 3)).parameters()]
+    shapes = [p.shape for p in plain_model().parameters()]
     counted = {p.name: (p.shape, p.zeros) for p in report.parameters}
     zeros = {"0.weight": 8, "0.bias": 1, "6.weight": 5}
     layers = [f"{i}.{name}" for i in range(8) for name in ("weight", "bias")]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sgd_cases import BOTH, DEVICE
+from sgd_cases import BOTH
 from torch import nn
 
 import regfused

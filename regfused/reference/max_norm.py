@@ -69,7 +69,7 @@ def _check_stays(tensor: Tensor, i: int) -> None:
 def _leaves(tensor: Tensor) -> list[Tensor]:
     """The tensors that autograd computes a tensor from; none where they are many."""
     leaves: dict[int, Tensor] = {}
-    nodes, seen = [tensor.grad_fn], set()
+    nodes, seen = [tensor.grad_fn], set[Any]()
     while nodes and len(seen) < 100:
         node = nodes.pop()
         if node is None or node in seen:
