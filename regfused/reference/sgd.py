@@ -103,6 +103,13 @@ class SGD(torch.optim.SGD):
         Options that it does not have keep the values that they have here. Momentum buffers are copied: an optimizer
         shares them neither with the dictionary nor with another optimizer that loads it.
 
+        A flat checkpoint of ``torch.optim.SGD`` (``torch.distributed.checkpoint.state_dict`` with
+        ``options=StateDictOptions(flatten_optimizer_state_dict=True)``) is taken apart by torch, which asks it for every
+        option here. Put those that it lacks into it first::
+
+            saved = {**get_optimizer_state_dict(model, optimizer, options=options), **saved}
+            set_optimizer_state_dict(model, optimizer, saved, options=options)
+
         Args:
             state_dict: as ``state_dict()`` returns it.
 
