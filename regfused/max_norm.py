@@ -57,7 +57,7 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
     taken = [False] * len(tensors) if kernels is None else kernels.takes(tensors)
     fused = [tensor for tensor, takes in zip(tensors, taken, strict=True) if takes]
     if fused:
-        torch.ops.regfused.constrain_max_norm_(fused, radius, dim)
+        torch.ops.regfused.constrain_max_norm_.default(fused, radius, dim)
     for tensor, takes in zip(tensors, taken, strict=True):
         if not takes:
             in_torch.constrain(tensor, radius, dim)

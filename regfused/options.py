@@ -46,6 +46,8 @@ _ROUNDING_OF = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16
 
 def number(operation: str, name: str, value: Any) -> float:
     """``value`` as a float; a one-element tensor counts as its value."""
+    if type(value) is float:
+        return value
     if isinstance(value, torch.Tensor):
         if value.is_meta:
             raise ValueError(f"{operation}: {name} must have a value, but got a meta tensor")

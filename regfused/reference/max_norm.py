@@ -44,19 +44,20 @@ def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[l
             raise ValueError(
                 f"{OPERATION}: params must be floating point or complex, but params[{i}] is {tensor.dtype}"
             )
-        _check_stays(tensor, i)
+        base = tensor._base  # a view of a parameter is as good as that
+        if (tensor if base is None else base).grad_fn is not None:
+            _check_stays(tensor, i)
         if dim is not None:
             options.check_dim(OPERATION, "dim", dim, tensor, f"params[{i}]")
     return tensors, radius
 
 
 def _check_stays(tensor: Tensor, i: int) -> None:
-    """Raise ``ValueError`` for a tensor that was computed, and will be again: what is written into it is lost."""
-    if torch.compiler.is_compiling():
-        return  # a graph has no autograd yet
-    base = tensor._base if tensor._is_view() else tensor  # a view of a parameter is as good as that
-    if base is None or base.grad_fn is None or tensor.retains_grad or base.retains_grad:
+    """Raise ``ValueError`` unless a computed tensor is kept: it is computed again, and what is written into it lost."""
+    base = tensor if tensor._base is None else tensor._base
+    if tensor.retains_grad or base.retains_grad:
         return
+    assert base.grad_fn is not None
     leaves = " or ".join(f"a parameter of shape {tuple(leaf.shape)}" for leaf in _leaves(base))
     raise ValueError(
         f"{OPERATION}: params must be parameters or views of them, but params[{i}] of shape {tuple(tensor.shape)} is "
