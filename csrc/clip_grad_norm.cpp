@@ -24,8 +24,8 @@ NormType fused_norm_type(double norm_type) {
   return norm_type == 1 ? NormType::one : norm_type == 2 ? NormType::two : NormType::inf;
 }
 
-// As Python writes it.
-const char* torchs_text(double norm_type) { return norm_type == 1 ? "1.0" : norm_type == 2 ? "2.0" : "inf"; }
+// A norm type as Python writes it.
+const char* text_of(double norm_type) { return norm_type == 1 ? "1.0" : norm_type == 2 ? "2.0" : "inf"; }
 
 // False where one of the gradients is not for the kernels.
 bool collect_grads(const py::list& params, std::vector<at::Tensor>& grads) {
@@ -69,7 +69,7 @@ py::object clip_grad_norm(const py::list& params, double norm_type, std::optiona
       const double value = norm.item().toDouble();
       TORCH_CHECK(std::isfinite(value), "regfused.", max_norm ? "clip_grad_norm_" : "grad_norm",
                   ": error_if_nonfinite=True demands a finite norm of the gradients, but it is ", value,
-                  " (The total norm of order ", torchs_text(norm_type),
+                  " (The total norm of order ", text_of(norm_type),
                   " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and "
                   "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`)");
     }

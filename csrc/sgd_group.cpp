@@ -151,8 +151,10 @@ SgdGroup::Read SgdGroup::read() {
 }
 
 bool SgdGroup::read_lr() {
-  if (device_lr.defined())
-    hyper.lr = rounded_up_to_zero(device_lr.item().toDouble(), regfused::rounding_of(device_lr.scalar_type()));
+  if (device_lr.defined()) {
+    const double value = device_lr.is_meta() ? NAN : device_lr.item().toDouble();
+    hyper.lr = rounded_up_to_zero(value, regfused::rounding_of(device_lr.scalar_type()));
+  }
   return is_strength(hyper.lr);
 }
 

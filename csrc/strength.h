@@ -1,8 +1,6 @@
 // Strengths that schedulers lead to zero: what rounding has put below it is zero.
 #pragma once
 
-#include <algorithm>
-
 #include <c10/core/ScalarType.h>
 
 namespace regfused {

@@ -48,8 +48,9 @@ def clip_grad_norm_(
         RuntimeError: see ``error_if_nonfinite``.
 
     Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
-    clipped by torch's own function, all of them together. (Pascanu, Mikolov, Bengio, On the difficulty of training
-    recurrent neural networks, 2013.)
+    clipped by torch's own function, all of them together; so are all where a mode or a tracer (``make_fx``,
+    ``torch.jit.trace``, ``FakeTensorMode``) has to see what is done to them. (Pascanu, Mikolov, Bengio, On the
+    difficulty of training recurrent neural networks, 2013.)
 
     Example::
 

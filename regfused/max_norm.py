@@ -30,7 +30,7 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
 
     Works on what the parameters hold: autograd does not see it, but for the version counters. On CUDA devices the host
     waits for nothing. Tensors that the kernels do not take (complex, not dense in memory, subclasses) go through
-    `regfused.reference`.
+    `regfused.reference`; so do all within ``torch.func``, ``torch.jit.trace`` and ``torch.compile``.
 
     Args:
         params: a tensor, or an iterable of them, such as ``model.parameters()``; floating point or complex, of any

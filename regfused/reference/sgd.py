@@ -104,8 +104,8 @@ class SGD(torch.optim.SGD):
         shares them neither with the dictionary nor with another optimizer that loads it.
 
         A flat checkpoint of ``torch.optim.SGD`` (``torch.distributed.checkpoint.state_dict`` with
-        ``options=StateDictOptions(flatten_optimizer_state_dict=True)``) is taken apart by torch, which asks it for every
-        option here. Put those that it lacks into it first::
+        ``options=StateDictOptions(flatten_optimizer_state_dict=True)``) is taken apart by torch, which asks it for
+        every option here. Put those that it lacks into it first::
 
             saved = {**get_optimizer_state_dict(model, optimizer, options=options), **saved}
             set_optimizer_state_dict(model, optimizer, saved, options=options)
