@@ -11,6 +11,7 @@
 #include "foreach_drive.h"
 #include "python_values.h"
 #include "tensor_check.h"
+#include "watch.h"
 
 namespace regfused {
 
@@ -22,6 +23,9 @@ NormType fused_norm_type(double norm_type) {
   TORCH_INTERNAL_ASSERT(norm_type == 1 || norm_type == 2 || norm_type == INFINITY);
   return norm_type == 1 ? NormType::one : norm_type == 2 ? NormType::two : NormType::inf;
 }
+
+// A norm type as Python writes it.
+const char* text_of(double norm_type) { return norm_type == 1 ? "1.0" : norm_type == 2 ? "2.0" : "inf"; }
 
 // False where one of the gradients is not for the kernels.
 bool collect_grads(const py::list& params, std::vector<at::Tensor>& grads) {
@@ -46,6 +50,7 @@ bool collect_grads(const py::list& params, std::vector<at::Tensor>& grads) {
 
 py::object clip_grad_norm(const py::list& params, double norm_type, std::optional<double> max_norm, bool finite) {
   const NormType type = fused_norm_type(norm_type);
+  if (is_watched()) return py::none();
   c10::AutoGradMode no_grad(false);
   std::vector<at::Tensor> grads;
   if (!collect_grads(params, grads)) return py::none();
@@ -63,7 +68,10 @@ py::object clip_grad_norm(const py::list& params, double norm_type, std::optiona
     if (finite) {
       const double value = norm.item().toDouble();
       TORCH_CHECK(std::isfinite(value), "regfused.", max_norm ? "clip_grad_norm_" : "grad_norm",
-                  ": error_if_nonfinite=True demands a finite norm of the gradients, but it is ", value);
+                  ": error_if_nonfinite=True demands a finite norm of the gradients, but it is ", value,
+                  " (The total norm of order ", text_of(norm_type),
+                  " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and "
+                  "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`)");
     }
     if (max_norm)
       for (const at::Tensor& grad : grads)

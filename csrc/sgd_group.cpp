@@ -8,6 +8,7 @@
 
 #include "devices.h"
 #include "python_values.h"
+#include "strength.h"
 
 namespace regfused {
 
@@ -69,6 +70,20 @@ bool is_text(PyObject* value, const char* text) {
   return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
 }
 
+double rounding_of(PyObject* value) {
+  if (THPVariable_Check(value)) return regfused::rounding_of(THPVariable_Unpack(value).scalar_type());
+  if (PyFloat_Check(value) || PyLong_Check(value)) return kRounding;
+  // Numbers of other libraries, such as numpy.float32, by their size in bytes.
+  const py::object size = py::getattr(value, "itemsize", py::none());
+  if (!py::isinstance<py::int_>(size)) return kRounding;
+  return size.equal(py::int_(2)) ? 0x1p-7 : size.equal(py::int_(4)) ? 0x1p-23 : kRounding;
+}
+
+double strength(PyObject* value) {
+  const double x = number(value);
+  return x < 0 ? rounded_up_to_zero(x, rounding_of(value)) : x;
+}
+
 bool is_strength(double x) { return std::isfinite(x) && x >= 0; }
 
 // Whether such a value never changes and holds no memory but its own.
@@ -111,15 +126,15 @@ SgdGroup::Read SgdGroup::read() {
 
   reread_ = true;
   device_lr = number_on_device(value[kLr]);
-  hyper.lr = device_lr.defined() ? 0 : number(value[kLr]);
-  hyper.momentum = number(value[kMomentum]);
+  hyper.lr = device_lr.defined() ? 0 : strength(value[kLr]);
+  hyper.momentum = strength(value[kMomentum]);
   hyper.dampening = number(value[kDampening]);
-  hyper.weight_decay = number(value[kWeightDecay]);
-  hyper.l1 = number(value[kL1]);
-  hyper.l2 = number(value[kL2]);
-  hyper.group_l1 = number(value[kGroupL1]);
-  for (double strength : {hyper.lr, hyper.momentum, hyper.weight_decay, hyper.l1, hyper.l2, hyper.group_l1})
-    if (!is_strength(strength)) return Read::odd;
+  hyper.weight_decay = strength(value[kWeightDecay]);
+  hyper.l1 = strength(value[kL1]);
+  hyper.l2 = strength(value[kL2]);
+  hyper.group_l1 = strength(value[kGroupL1]);
+  for (double x : {hyper.lr, hyper.momentum, hyper.weight_decay, hyper.l1, hyper.l2, hyper.group_l1})
+    if (!is_strength(x)) return Read::odd;
   if (!std::isfinite(hyper.dampening)) return Read::odd;
   if (!PyLong_Check(value[kGroupDim]) || PyBool_Check(value[kGroupDim])) return Read::odd;
   int overflow = 0;
@@ -157,7 +172,10 @@ SgdGroup::Read SgdGroup::read() {
 }
 
 bool SgdGroup::read_lr() {
-  if (device_lr.defined()) hyper.lr = device_lr.item().toDouble();
+  if (device_lr.defined()) {
+    const double value = device_lr.is_meta() ? NAN : device_lr.item().toDouble();
+    hyper.lr = rounded_up_to_zero(value, regfused::rounding_of(device_lr.scalar_type()));
+  }
   return is_strength(hyper.lr);
 }
 

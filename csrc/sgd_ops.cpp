@@ -11,6 +11,7 @@
 #include "devices.h"
 #include "sgd_drive.h"
 #include "slice_check.h"
+#include "strength.h"
 #include "tensor_check.h"
 
 namespace regfused {
@@ -19,6 +20,7 @@ namespace {
 using at::Tensor;
 
 double strength(const char* name, double value) {
+  value = rounded_up_to_zero(value, kRounding);
   TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, "regfused::sgd_: ", name, " must be finite and >= 0, but got ",
                     value);
   return value;

@@ -40,7 +40,8 @@ def fitting(operation: str, param_groups: list[dict[str, Any]], state_dict: Any)
     if len(groups) != len(param_groups):
         raise ValueError(
             f"{operation}: the checkpoint has a different number of parameter groups: {len(groups)}, "
-            f"where the optimizer has {len(param_groups)}"
+            f"where the optimizer has {len(param_groups)} "
+            "(loaded state dict has a different number of parameter groups)"
         )
     for g, (group, own) in enumerate(zip(groups, param_groups, strict=True)):
         _check_group(f"{operation}: group {g} of the checkpoint", group, own)
@@ -60,7 +61,8 @@ def _check_group(place: str, group: Any, own: dict[str, Any]) -> None:
     if len(group["params"]) != count:
         raise ValueError(
             f"{place} doesn't match the size of optimizer's group: {len(group['params'])} parameters, "
-            f"where that has {count}"
+            f"where that has {count} (loaded state dict contains a parameter group that doesn't match the size of "
+            "optimizer's group)"
         )
     if "param_names" in group:
         names = group["param_names"]

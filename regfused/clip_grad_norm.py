@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import types
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from regfused import extension, options, reference
+from regfused.reference.clip_grad_norm import listed
 
 _FUSED_NORM_TYPES = (1.0, 2.0, math.inf)
 
@@ -49,8 +48,9 @@ def clip_grad_norm_(
         RuntimeError: see ``error_if_nonfinite``.
 
     Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
-    clipped by torch's own function, all of them together. (Pascanu, Mikolov, Bengio, On the difficulty of training
-    recurrent neural networks, 2013.)
+    clipped by torch's own function, all of them together; so are all where a mode or a tracer (``make_fx``,
+    ``torch.jit.trace``, ``FakeTensorMode``) has to see what is done to them. (Pascanu, Mikolov, Bengio, On the
+    difficulty of training recurrent neural networks, 2013.)
 
     Example::
 
@@ -62,16 +62,16 @@ def clip_grad_norm_(
     operation = "clip_grad_norm_"
     norm_type = options.check_norm_type(operation, norm_type)
     limit = options.check_max_norm(operation, max_norm)
-    listed = _listed(parameters)
+    params = listed(parameters)
     if foreach is not None or torch.compiler.is_compiling():
-        return torch.nn.utils.clip_grad_norm_(listed, limit, norm_type, error_if_nonfinite, foreach)
+        return torch.nn.utils.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite, foreach)
     if extension.C is None:
-        return reference.clip_grad_norm_(listed, limit, norm_type, error_if_nonfinite)
+        return reference.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite)
     if norm_type in _FUSED_NORM_TYPES:
-        norm: Tensor | None = extension.C.clip_grad_norm(listed, norm_type, limit, error_if_nonfinite)
+        norm: Tensor | None = extension.C.clip_grad_norm(params, norm_type, limit, error_if_nonfinite)
         if norm is not None:
             return norm
-    return torch.nn.utils.clip_grad_norm_(listed, limit, norm_type, error_if_nonfinite)
+    return torch.nn.utils.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite)
 
 
 def grad_norm(
@@ -89,18 +89,9 @@ def grad_norm(
         6.0
     """
     norm_type = options.check_norm_type("grad_norm", norm_type)
-    listed = _listed(parameters)
+    params = listed(parameters)
     if extension.C is not None and norm_type in _FUSED_NORM_TYPES and not torch.compiler.is_compiling():
-        norm: Tensor | None = extension.C.clip_grad_norm(listed, norm_type, None, error_if_nonfinite)
+        norm: Tensor | None = extension.C.clip_grad_norm(params, norm_type, None, error_if_nonfinite)
         if norm is not None:
             return norm
-    return reference.grad_norm(listed, norm_type, error_if_nonfinite)
-
-
-def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    listed = list(parameters)
-    if not listed and isinstance(parameters, types.GeneratorType):
-        warnings.warn("`parameters` is an empty generator: there are no gradients", stacklevel=3)
-    return listed
+    return reference.grad_norm(params, norm_type, error_if_nonfinite)

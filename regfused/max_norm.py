@@ -30,18 +30,19 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
 
     Works on what the parameters hold: autograd does not see it, but for the version counters. On CUDA devices the host
     waits for nothing. Tensors that the kernels do not take (complex, not dense in memory, subclasses) go through
-    `regfused.reference`.
+    `regfused.reference`; so do all within ``torch.func``, ``torch.jit.trace`` and ``torch.compile``.
 
     Args:
         params: a tensor, or an iterable of them, such as ``model.parameters()``; floating point or complex, of any
-            shape and memory format. One that is listed twice counts once.
+            shape and memory format. One that is listed twice counts once. Views such as ``weight[:10]`` are fine; of a
+            pruned or parametrized module, whose ``weight`` is computed anew each time, what it is computed from.
         max_norm: the bound ``r``, >= 0, in the units of the parameters. 0 makes zeros, inf changes nothing.
         dim: the slices are ``p.select(dim, i)``, negative from the back: 0 has the rows of a ``Linear`` weight or the
             filters of a convolution. None: each tensor as a whole is one slice.
 
     Raises:
         ValueError: for a max_norm that is negative or NaN, a dim that a tensor does not have, tensors that are not
-            floating point or complex. Nothing has changed then.
+            floating point or complex, and for those that autograd has computed. Nothing has changed then.
 
     Example::
 
@@ -52,10 +53,11 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
                 [0.3000, 0.4000]])
     """
     tensors, radius = in_torch.check(params, max_norm, dim)
-    taken = extension.C.takes(tensors) if extension.C is not None else [False] * len(tensors)
+    kernels = None if torch.compiler.is_compiling() else extension.C
+    taken = [False] * len(tensors) if kernels is None else kernels.takes(tensors)
     fused = [tensor for tensor, takes in zip(tensors, taken, strict=True) if takes]
     if fused:
-        torch.ops.regfused.constrain_max_norm_(fused, radius, dim)
+        torch.ops.regfused.constrain_max_norm_.default(fused, radius, dim)
     for tensor, takes in zip(tensors, taken, strict=True):
         if not takes:
             in_torch.constrain(tensor, radius, dim)

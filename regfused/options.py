@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+
+from regfused.tracing import value_is_known
 
 NONFINITE = ("propagate", "skip", "error")
 
@@ -28,9 +34,23 @@ _CHOICES = ("foreach", "fused")
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
 OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
 
+# What torch says of a negative one; programs look for it. So is every phrase in parentheses at the end of a message.
+_TORCHS_WORDS = {
+    "lr": "Invalid learning rate",
+    "momentum": "Invalid momentum value",
+    "weight_decay": "Invalid weight_decay value",
+}
+
+# Schedulers come to zero by some thousand products and sums, each rounded to a part in 2^53 of rates up to about 100.
+# csrc/strength.h has the same numbers.
+_ROUNDING = 1e-12
+_ROUNDING_OF = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
 
 def number(operation: str, name: str, value: Any) -> float:
     """``value`` as a float; a one-element tensor counts as its value."""
+    if type(value) is float:
+        return value
     if isinstance(value, torch.Tensor):
         if value.is_meta:
             raise ValueError(f"{operation}: {name} must have a value, but got a meta tensor")
@@ -42,9 +62,11 @@ def number(operation: str, name: str, value: Any) -> float:
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{operation}: {name} must be a number or a tensor with 1 element, "
-                f"but got a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+                f"but got a tensor of shape {tuple(value.shape)} and dtype {value.dtype} "
+                f"(Tensor {name} must be 1-element)"
             )
-        return float(value.item())
+        # Where there is no value to look at, shape and type are all that can be checked.
+        return float(value.item()) if value_is_known(value) else 0.0
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise ValueError(f"{operation}: {name} must be a number, but got {value!r} ({type(value).__name__})")
     try:
@@ -53,12 +75,41 @@ def number(operation: str, name: str, value: Any) -> float:
         raise ValueError(f"{operation}: {name} must be one number of float64's range, but {error}") from None
 
 
-def check_strength(operation: str, name: str, value: Any) -> float:
-    """``value`` as a float; ``ValueError`` unless it is finite and >= 0."""
+def check_strength(operation: str, name: str, value: Any, below: float = 0.0) -> float:
+    """``value`` as a float; ``ValueError`` unless it is finite and >= 0, or ``below`` zero by so much at most."""
     strength = number(operation, name, value)
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}")
+    if not (math.isfinite(strength) and strength >= -below):
+        torchs = f" ({_TORCHS_WORDS[name]}: {value})" if strength < 0 and name in _TORCHS_WORDS else ""
+        raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}{torchs}")
     return strength
+
+
+def rounding(value: Any) -> float:
+    """How far below zero rounding alone can bring a strength that schedulers lead to zero."""
+    if isinstance(value, torch.Tensor):
+        return _ROUNDING_OF.get(value.dtype, _ROUNDING)
+    if isinstance(value, int | float):
+        return _ROUNDING
+    # Numbers of other libraries, such as numpy.float32, by their size in bytes.
+    size: Any = getattr(value, "itemsize", None)
+    return {2: 2.0**-7, 4: 2.0**-23}.get(size, _ROUNDING)
+
+
+def strength(value: Any) -> Any:
+    """What a strength of a group, checked before, counts as in a step: itself, and 0 where rounding put it below.
+
+    A tensor stays one, on its device: the host does not wait for its value.
+    """
+    if isinstance(value, torch.Tensor):
+        return torch.clamp(value, min=0)
+    return value if value >= 0 else 0.0
+
+
+def as_it_counts(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with every `strength` as it counts in a step; the group itself where all are."""
+    if all(not isinstance(group[name], torch.Tensor) and group[name] >= 0 for name in _STRENGTHS):
+        return group
+    return {**group, **{name: strength(group[name]) for name in _STRENGTHS}}
 
 
 def check_max_norm(operation: str, value: Any) -> float:
@@ -92,19 +143,17 @@ def check_floating(operation: str, tensors: Iterable[Any]) -> None:
             )
 
 
-def check_group(operation: str, group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for the first option of ``group`` that is not as it must be."""
+def check_group(operation: str, group: Mapping[str, Any], *, new: bool = False) -> None:
+    """Raise ``ValueError`` for the first option of ``group`` that is not as it must be.
+
+    Args:
+        new: a strength is what somebody wrote: no scheduler has rounded it.
+    """
     for name in OPTIONS:
         if name not in group:
             raise ValueError(f"{operation}: a parameter group must have {name!r}, but has {sorted(group)}")
-    for name in group:
-        # Schedulers and people keep notes of their own in a group; a misspelt option is neither.
-        if name not in OPTIONS and name not in ("params", "param_names") and isinstance(name, str):
-            meant = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)
-            if meant:
-                raise ValueError(f"{operation}: unknown option {name!r}; did you mean {meant[0]!r}?")
     for name in _STRENGTHS:
-        check_strength(operation, name, group[name])
+        check_strength(operation, name, group[name], 0.0 if new else rounding(group[name]))
     dampening = number(operation, "dampening", group["dampening"])
     if not math.isfinite(dampening):
         raise ValueError(f"{operation}: dampening must be finite, but got {group['dampening']}")
@@ -123,12 +172,39 @@ def check_group(operation: str, group: Mapping[str, Any]) -> None:
             raise ValueError(f"{operation}: {name} must be True or False, but got {value!r}")
 
 
+def warn_of_misspelt(operation: str, group: Mapping[str, Any]) -> None:
+    """Warn of names in a new group that look like misspelt options.
+
+    Schedulers and people keep notes of their own in a group, such as ``initial_lr`` or ``use_weight_decay``: a name
+    with an option's whole name among its words is one.
+    """
+    for name in group:
+        if name in OPTIONS or name in ("params", "param_names") or not isinstance(name, str):
+            continue
+        words = f"_{name}_"
+        meant = difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.85)
+        if meant and not any(f"_{option}_" in words for option in OPTIONS):
+            warnings.warn(
+                f"{operation}: {name!r} is not an option and does nothing; did you mean {meant[0]!r}?",
+                stacklevel=stacklevel_of_the_caller(),
+            )
+
+
+def stacklevel_of_the_caller() -> int:
+    """The ``stacklevel`` of a warning, made by the function that asks, about a line outside of regfused and torch."""
+    inside = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def check_group_dim(operation: str, group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless ``group_dim`` is a dimension of every parameter that the group lasso shrinks."""
     dim = group["group_dim"]
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise ValueError(f"{operation}: group_dim must be an int, but got {dim!r} ({type(dim).__name__})")
-    if float(group["group_l1"]) == 0:
+    if float(strength(group["group_l1"])) == 0:
         return
     params = group.get("params", ())
     for i, param in enumerate([params] if isinstance(params, torch.Tensor) else params):
@@ -149,16 +225,17 @@ def check_dim(operation: str, name: str, dim: int, tensor: torch.Tensor, place: 
 
 def check_construction(operation: str, group: Mapping[str, Any]) -> None:
     """`check_group`, and what torch asks of a new group only: schedulers may pass through the rest."""
-    check_group(operation, group)
-    if group["nesterov"] and (float(group["momentum"]) == 0 or float(group["dampening"]) != 0):
+    check_group(operation, group, new=True)
+    if group["nesterov"] and (_value(group["momentum"]) == 0 or _value(group["dampening"]) != 0):
         raise ValueError(
             f"{operation}: nesterov demands a momentum and zero dampening, "
-            f"but got momentum={group['momentum']} and dampening={group['dampening']}"
+            f"but got momentum={group['momentum']} and dampening={group['dampening']} "
+            "(Nesterov momentum requires a momentum and zero dampening)"
         )
-    if group["classical_momentum"] and float(group["dampening"]) != 0:
+    if group["classical_momentum"] and _value(group["dampening"]) != 0:
         raise ValueError(f"{operation}: classical_momentum has no dampening, but got dampening={group['dampening']}")
     if group["fused"] and group["foreach"]:
-        raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together")
+        raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError(f"{operation}: `fused` does not support `differentiable`")
 
@@ -260,10 +337,10 @@ def group_allows_sparse(group: Mapping[str, Any]) -> bool:
     """Whether every option is one under which torch's for-loop takes a sparse gradient."""
     return (
         not group["fused"]
-        and float(group["l1"]) == 0
-        and float(group["l2"]) == 0
-        and float(group["group_l1"]) == 0
-        and float(group["weight_decay"]) == 0
+        and float(strength(group["l1"])) == 0
+        and float(strength(group["l2"])) == 0
+        and float(strength(group["group_l1"])) == 0
+        and float(strength(group["weight_decay"])) == 0
         and group["max_norm"] is None
         and group["nonfinite"] == "propagate"
         and not group["classical_momentum"]

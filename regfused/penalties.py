@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from regfused.computed import effective
+
 _NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -57,10 +59,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with the penalties off for biases and normalization layers.
 
+    A parameter that a weight or bias is computed from (``torch.nn.utils.parametrize``, ``prune``, weight and spectral
+    norm) counts as that weight or bias: ``layer.parametrizations.bias.original`` and ``layer.bias_orig`` are
+    ``layer.bias``.
+
     Args:
         model: whose parameters that require a gradient are grouped.
         l1, l2, weight_decay, group_l1: for the first group; 0 in the second.
-        skip: further names for the second group, as shell patterns: ``["*.embedding.weight", "head.*"]``.
+        skip: further names for the second group, as shell patterns: ``["*.embedding.weight", "head.*"]``. They
+            fit what a parameter is called, or what it counts as.
         options: any other option of the optimizer, the same in both groups.
 
     Returns:
@@ -77,23 +84,22 @@ def param_groups(
         >>> [len(group["params"]) for group in param_groups(model, l1=1e-4)]
         [1, 3]
     """
-    in_norm_layer = {
-        id(param)
-        for module in model.modules()
-        if isinstance(module, _NORM_LAYERS) or type(module).__name__.rstrip("123d").endswith("Norm")
-        for param in module.parameters(recurse=False)
-    }
+    norm_layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_norm(module)}
+    in_norm_layer = {id(param) for module in norm_layers.values() for param in module.parameters(recurse=False)}
+    known_as = effective(model)
     patterns = list(skip)
     unused = set(patterns)
     penalized: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
-        fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        plain = known_as[name][0] if name in known_as else name
+        fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern) or fnmatchcase(plain, pattern)]
         unused.difference_update(fitting)
         if not param.requires_grad:
             continue
-        last = name.rpartition(".")[2]
-        spared = fitting or id(param) in in_norm_layer or last.startswith("bias") or last.endswith("bias")
+        layer, _, last = plain.rpartition(".")
+        in_norm = id(param) in in_norm_layer or (plain != name and layer in norm_layers)
+        spared = fitting or in_norm or last.startswith("bias") or last.endswith("bias")
         (others if spared else penalized).append(param)
     if unused:
         raise ValueError(f"param_groups: every pattern in skip must fit a parameter, but {sorted(unused)} fit none")
@@ -103,3 +109,7 @@ def param_groups(
         {"params": others, **dict.fromkeys(strengths, 0.0), **options},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORM_LAYERS) or type(module).__name__.rstrip("123d").endswith("Norm")

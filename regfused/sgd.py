@@ -51,7 +51,8 @@ class SGD(reference.SGD):
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer.
-        lr: learning rate, >= 0; a number or a 1-element tensor. With 0 the parameters keep their bits (but under
+        lr: learning rate, >= 0; a number or a 1-element tensor. Below 0 by rounding, where schedulers leave it, is 0,
+            here and in the strengths below. With 0 the parameters keep their bits (but under
             ``classical_momentum``, whose velocity goes on). The value of a tensor on a CUDA device is read there,
             unchecked.
         momentum: >= 0.
@@ -172,6 +173,7 @@ def _why_not_fused(params: list[torch.Tensor]) -> str:
             return (
                 "dense float32, float64, bfloat16 or float16 parameters on "
                 f"{' or '.join(extension.DEVICES)}, but parameter "
-                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}{plain}"
+                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}{plain} "
+                "(`fused=True` requires all the params to be floating point Tensors of supported devices)"
             )
     return ""

@@ -51,7 +51,7 @@ def part_of(tensor: Any) -> Tensor:
 
 def like(tensor: Any, part: Tensor) -> Tensor:
     """A DTensor that is spread as another one, with this part on this rank."""
-    return type_of_dtensor().from_local(  # type: ignore[no-any-return]
+    return type_of_dtensor().from_local(
         part,
         tensor.device_mesh,
         tensor.placements,
@@ -68,12 +68,12 @@ def type_of_dtensor() -> Any:
 def over_all_ranks(parts: Tensor, shards: Shards | None, reduce: str = "sum") -> Tensor:
     """The sum (or "max", "min") over all ranks of what each has; a collective operation where they differ."""
     if is_dtensor(parts):
-        return parts.full_tensor()  # type: ignore[attr-defined, no-any-return]
+        return parts.full_tensor()  # type: ignore[attr-defined]
     if shards is None or not any(shards.sharded):
         return parts
     module = sys.modules["torch.distributed.tensor"]
     placements = [module.Partial(reduce) if sharded else module.Replicate() for sharded in shards.sharded]
-    return module.DTensor.from_local(parts, shards.mesh, placements, run_check=False).full_tensor()  # type: ignore[no-any-return]
+    return module.DTensor.from_local(parts, shards.mesh, placements, run_check=False).full_tensor()
 
 
 def whole_sum(parts: Iterable[tuple[Tensor, Shards | None]]) -> Tensor:

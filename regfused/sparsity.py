@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from regfused.computed import effective
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def sparsity(
     """Count the elements that are exactly zero (0 or -0), and the groups of elements that all are.
 
     Args:
-        model_or_params: a module, a tensor, or an iterable of tensors or of ``(name, tensor)`` pairs.
+        model_or_params: a module, a tensor, or an iterable of tensors or of ``(name, tensor)`` pairs. Of a module the
+            weights that it works with: a pruned or parametrized one, or one with weight or spectral norm, as it is
+            computed from the parameters of now, under its own name (``0.weight``), not ``0.weight_orig``.
         group_dim: the groups of a tensor are its slices along this dimension, as in the group lasso of `regfused.SGD`:
             rows, filters (0), columns (1); negative from the back. A tensor without dimensions is one group; one that
             does not have the dimension, or no elements, has no groups.
@@ -95,7 +99,7 @@ def sparsity(
     if not isinstance(group_dim, int) or isinstance(group_dim, bool):
         raise ValueError(f"sparsity: group_dim must be an int, but got {group_dim!r} ({type(group_dim).__name__})")
     if isinstance(model_or_params, nn.Module):
-        items: Iterable[object] = model_or_params.named_parameters()
+        items: Iterable[object] = _weights(model_or_params)
     elif isinstance(model_or_params, Tensor):
         items = [model_or_params]
     else:
@@ -108,6 +112,18 @@ def sparsity(
         counts = int((tensor == 0).sum()), tensor.numel(), *_groups(tensor, group_dim)
         rows.append(ParameterSparsity(name, tuple(tensor.shape), *counts))
     return Sparsity(tuple(rows))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model, and in the place of those that a weight is computed from, once, that weight."""
+    computed = effective(model)
+    seen = set()
+    for name, param in model.named_parameters():
+        if name not in computed:
+            yield name, param
+        elif computed[name][0] not in seen:
+            seen.add(computed[name][0])
+            yield computed[name][0], computed[name][1]()
 
 
 def _groups(tensor: Tensor, dim: int) -> tuple[int, int]:

@@ -95,12 +95,6 @@ SGD_ERRORS = [
     ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
 ]
 
-# Where a message says the same in other words.
-SGD_WORDS = {
-    "Tensor lr must be 1-element": "lr must be a number or a tensor with 1 element, but got a tensor of shape",
-    "Invalid momentum value: -0.5": "momentum must be finite and >= 0, but got -0.5",
-}
-
 
 class Contract(OptimizerInfo):
     """An optimizer, the one of torch whose contract it keeps, and its twin in torch operations."""
@@ -113,7 +107,6 @@ class Contract(OptimizerInfo):
         twin: type[torch.optim.Optimizer],
         own_inputs: dict[str, dict],
         own_errors: list[tuple[dict, type[Exception], str]],
-        words: dict[str, str],
     ):
         entry = next(info for info in optim_db if info.optim_cls is theirs)
         self.theirs, self.twin = theirs, twin
@@ -127,8 +120,6 @@ class Contract(OptimizerInfo):
         def error_inputs(device, dtype):
             # torch makes them for the CPU alone, for they are about Python.
             cases = entry.optim_error_inputs_func("cpu", dtype)
-            for case in cases:
-                case.error_regex = words.get(case.error_regex, case.error_regex)
             for kwargs, error, message in own_errors:
                 case = OptimizerInput(None, dict(kwargs), str(kwargs))
                 cases.append(ErrorOptimizerInput(case, error_type=error, error_regex=message))
@@ -200,7 +191,6 @@ def _sgd(optim_cls):
         twin=reference.SGD,
         own_inputs=SGD_INPUTS,
         own_errors=SGD_ERRORS,
-        words=SGD_WORDS,
     )
 
 

@@ -1,12 +1,14 @@
 """regfused.clip_grad_norm_ and grad_norm beside torch's and beside float64."""
 
 import math
+import re
 import warnings
 
 import pytest
 import torch
 from sgd_cases import DTYPES, SIZES
 from torch import nn
+from watchers import TRACERS, Called, Dispatched
 
 import regfused
 from regfused import extension, reference
@@ -116,13 +118,19 @@ def test_a_single_tensor_no_gradients_and_nothing_at_all(module):
         assert module.clip_grad_norm_([q], 1.0, norm_type).item() == 0
 
 
-def test_an_empty_generator_warns_as_torchs():
-    for function in (regfused.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
-        with pytest.warns(UserWarning, match="empty generator"):
-            function((p for p in ()), 1.0)
+@BOTH
+@pytest.mark.parametrize("name", ("clip_grad_norm_", "grad_norm"))
+def test_an_empty_generator_warns_as_torchs(module, name):
+    arguments = (1.0,) if name == "clip_grad_norm_" else ()
+    with pytest.warns(UserWarning, match="empty generator") as theirs:
+        torch.nn.utils.clip_grad_norm_((p for p in ()), 1.0)
+    with pytest.warns(UserWarning, match=str(theirs[0].message)) as ours:
+        assert getattr(module, name)((p for p in ()), *arguments).item() == 0
+    assert len(ours) == 1 and ours[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        regfused.clip_grad_norm_([], 1.0)
+        getattr(module, name)([], *arguments)
+        getattr(module, name)((p for p in with_grads((3,))), *arguments)
 
 
 @BOTH
@@ -160,6 +168,18 @@ def test_error_if_nonfinite_changes_nothing(module, bad):
     assert module.clip_grad_norm_(params, 1.0, error_if_nonfinite=True).item() == pytest.approx(
         module.grad_norm(before[1:]).item(), rel=0.5
     )
+
+
+@BOTH
+@pytest.mark.parametrize("norm_type", (1.0, 2.0, 3.0, "inf"))
+def test_what_is_not_finite_has_torchs_words(module, norm_type):
+    params = with_grads((5,))
+    params[0].grad[3] = math.inf
+    with pytest.raises(RuntimeError) as theirs:
+        torch.nn.utils.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True)
+    for function, arguments in ((module.clip_grad_norm_, (params, 1.0)), (module.grad_norm, (params,))):
+        with pytest.raises(RuntimeError, match=re.escape(str(theirs.value))):
+            function(*arguments, norm_type, error_if_nonfinite=True)
 
 
 @BOTH
@@ -300,3 +320,74 @@ def test_bad_arguments_change_nothing(module, arguments, message):
 def test_something_else_than_tensors():
     with pytest.raises(TypeError, match="parameters must be tensors, but item 1 is a float"):
         regfused.clip_grad_norm_([torch.ones(2), 1.0], 1.0)
+
+
+# --- Where somebody watches -----------------------------------------------------------------------
+
+
+def clipped(function):
+    """The same as a function of gradients, which returns the norm and what became of them."""
+
+    def of_gradients(*grads):
+        params = []
+        for grad in grads:
+            params.append(torch.zeros(grad.shape, requires_grad=True))
+            params[-1].grad = grad.clone()
+        return function(params), *(p.grad for p in params)
+
+    return of_gradients
+
+
+WATCHED = {
+    "clips": lambda params: regfused.clip_grad_norm_(params, 0.5),
+    "clips, norm inf": lambda params: regfused.clip_grad_norm_(params, 0.5, "inf"),
+    "measures": lambda params: regfused.grad_norm(params, 1.0),
+}
+
+
+@pytest.mark.parametrize("function", WATCHED)
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_graph_holds_it(tracer, function):
+    of_gradients = clipped(WATCHED[function])
+    first, second = ([scale * torch.randn(5), scale * torch.randn(3, 4)] for scale in (1.0, 70.0))
+    graph = TRACERS[tracer](of_gradients, *first)
+    for grads in (first, second):
+        torch.testing.assert_close(graph(*grads), of_gradients(*grads))
+
+
+@pytest.mark.parametrize("function", WATCHED)
+def test_tensors_without_values(function):
+    with torch._subclasses.FakeTensorMode() as mode:
+        norm, *grads = clipped(WATCHED[function])(torch.ones(5), torch.ones(3, 4))
+        assert [type(t) for t in (norm, *grads)] == [torch._subclasses.FakeTensor] * 3
+        assert norm.shape == () and norm.fake_mode is mode
+
+
+@pytest.mark.parametrize("function", WATCHED)
+def test_modes_see_it(function):
+    grads = [torch.randn(5), torch.randn(3, 4)]
+    want = clipped(WATCHED[function])(*grads)
+    for mode, seen in ((Dispatched(), "norm"), (Called(), "norm")):
+        with mode:
+            got = clipped(WATCHED[function])(*grads)
+        torch.testing.assert_close(got, want)
+        assert any(seen in name for name in mode.seen)
+        assert any("mul_" in name for name in mode.seen) == ("clips" in function)
+
+
+def test_what_is_not_finite_where_somebody_watches():
+    params = with_grads((5,))
+    params[0].grad[3] = math.nan
+    with Dispatched(), pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
+        regfused.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
+
+
+@needs_kernels
+def test_a_default_device_is_no_watcher():
+    params = with_grads((5, 20))
+    versions = [p.grad._version for p in params]
+    with torch.device(params[0].device), torch.profiler.profile() as profile:
+        regfused.clip_grad_norm_(params, 0.1)
+    assert [p.grad._version for p in params] == [v + 1 for v in versions]
+    assert not [event for event in profile.events() if "foreach" in event.name]

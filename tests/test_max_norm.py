@@ -14,6 +14,8 @@ from sgd_cases import (
     memory_orders,
     scale_slices,
 )
+from torch.nn.utils import parametrizations, parametrize, prune
+from watchers import TRACERS, Called, Dispatched
 
 import regfused
 from regfused import extension, reference
@@ -270,6 +272,144 @@ def test_tensors_that_cannot_be_constrained(constrain):
         with pytest.raises(ValueError, match=message):
             constrain([p, other], 1.0)
     assert torch.equal(p, before)
+
+
+# --- Computed weights -----------------------------------------------------------------------------
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def pruned():
+    layer = torch.nn.Linear(4, 3)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+COMPUTED = {
+    "pruned": (pruned, r"MulBackward0.*Pass what it is computed from, a parameter of shape \(3, 4\): .*weight_orig"),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(torch.nn.Linear(4, 3), "weight", Doubled()),
+        r"a parameter of shape \(3, 4\): .*parametrizations.weight.original",
+    ),
+    "weight norm": (
+        lambda: parametrizations.weight_norm(torch.nn.Linear(4, 3)),
+        r"a parameter of shape \(3, 1\) or a parameter of shape \(3, 4\)",
+    ),
+    "old weight norm": (lambda: torch.nn.utils.weight_norm(torch.nn.Linear(4, 3)), "weight_g"),
+    "old spectral norm": (lambda: torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3)), "weight_orig"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("case", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_computed_weight_is_refused(constrain, case):
+    make_layer, message = COMPUTED[case]
+    layer, plain = make_layer(), torch.randn(5) * 10
+    befores = [p.detach().clone() for p in (*layer.parameters(), plain)]
+    layer(torch.ones(4))
+    weight = layer.weight
+    for computed, shape in ((weight, r"\(3, 4\)"), (weight[:2], r"\(2, 4\)"), (weight.t(), r"\(4, 3\)")):
+        with pytest.raises(ValueError, match=rf"params\[1\] of shape {shape} is computed .*{message}"):
+            constrain([plain, computed], 0.1)
+    assert all(torch.equal(p, q) for p, q in zip((*layer.parameters(), plain), befores, strict=True))
+    constrain([*layer.parameters(), plain], 0.1)
+    constrain(layer.weight.detach(), 0.1)
+
+
+@BOTH
+def test_views_of_parameters(constrain):
+    views = {
+        "rows": lambda w: w[:10],
+        "rows of rows": lambda w: w[:10][2:],
+        "transposed": lambda w: w.t(),
+        "flat": lambda w: w.view(-1),
+        "detached": lambda w: w.detach(),
+        "data": lambda w: w.data,
+    }
+    for name, view in views.items():
+        layer = torch.nn.Linear(30, 20)
+        before = layer.weight.detach().clone()
+        constrain(view(layer.weight), 0.1)
+        assert_constrained(view(layer.weight.detach()), view(before), 0.1, None)
+        with torch.no_grad():
+            constrain(view(layer.weight), 0.05)
+        assert view(layer.weight).norm().item() == pytest.approx(0.05, rel=1e-6), name
+    kept = torch.nn.Linear(30, 20).weight * 2
+    kept.retain_grad()  # as torch's optimizers take it
+    constrain(kept, 0.1)
+    assert kept.norm().item() == pytest.approx(0.1, rel=1e-6)
+
+
+# --- Where somebody watches -----------------------------------------------------------------------
+
+
+def constrained(dim):
+    def of_tensors(*tensors):
+        copies = [tensor.clone() for tensor in tensors]
+        regfused.constrain_max_norm_(copies, 0.5, dim)
+        return copies
+
+    return of_tensors
+
+
+@pytest.mark.parametrize("dim", (None, 0))
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_graph_holds_it(tracer, dim):
+    first, second = ([scale * torch.randn(5), scale * torch.randn(3, 4)] for scale in (1.0, 0.02))
+    graph = TRACERS[tracer](constrained(dim), *first)
+    if isinstance(graph, torch.fx.GraphModule):
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+    for tensors in (first, second):
+        for got, want, before in zip(graph(*tensors), constrained(dim)(*tensors), tensors, strict=True):
+            # Two roundings, of the norm and of the quotient, where torch's operations do it.
+            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+            assert torch.equal(got, before) == (before.norm() <= 0.5 if dim is None else (got == before).all())
+
+
+def test_tensors_without_values():
+    with torch._subclasses.FakeTensorMode():
+        layer = torch.nn.Linear(4, 3)
+        assert regfused.constrain_max_norm_(layer.parameters(), 1.0, 0) is None
+        assert regfused.constrain_max_norm_([torch.ones(5)], 1.0) is None
+
+
+def test_modes_see_it():
+    tensors = [torch.randn(5), torch.randn(3, 4)]
+    want = constrained(0)(*tensors)
+    for mode in (Dispatched(), Called()):
+        with mode:
+            got = constrained(0)(*tensors)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert any("constrain_max_norm_" in name for name in mode.seen)
+
+
+def test_within_vmap_and_grad():
+    batch = torch.randn(6, 3, 4)
+    want = torch.stack(constrained(0)(*batch))
+    got = torch.func.vmap(lambda x: constrained(0)(x)[0])(batch)
+    torch.testing.assert_close(got, want, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+    def loss(weight):
+        ball = constrained(1)(weight.detach())[0]
+        return (ball * weight).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(batch[0]), constrained(1)(batch[0])[0])
+
+
+@pytest.mark.cpu
+def test_while_compiling():
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(4, 3)
+    twin = layer.weight.detach().clone()
+    torch.compile(lambda: regfused.constrain_max_norm_(layer.weight, 0.5), backend="aot_eager", fullgraph=True)()
+    regfused.constrain_max_norm_(twin, 0.5)
+    torch.testing.assert_close(layer.weight, twin, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
 # --- The operator ---------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """elastic_net, param_groups and sparsity."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import regfused
 
@@ -59,6 +62,117 @@ def test_param_groups():
 def test_param_groups_skip_must_fit():
     with pytest.raises(ValueError, match=r"every pattern in skip must fit a parameter, but \['head.\*'\] fit none"):
         regfused.param_groups(nn.Linear(2, 2), l1=0.1, skip=["head.*"])
+
+
+class Shifted(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+class Halved(nn.Module):
+    """Zeros while training, as drop connect, where evaluated half of the parameter."""
+
+    def forward(self, x):
+        return x * (0.0 if self.training else 0.5)
+
+
+def plain_model():
+    return nn.Sequential(*(nn.Linear(4, 3) for _ in range(7)), nn.LayerNorm(3), nn.LSTM(4, 3))
+
+
+def computed_model():
+    """One layer for each way in which a module computes its weights, and the parameters by what they count as."""
+    model = plain_model()
+    prune.l1_unstructured(model[0], "weight", 5)
+    prune.l1_unstructured(model[0], "bias", 1)
+    prune.random_unstructured(model[0], "weight", 3)
+    parametrizations.weight_norm(model[1])
+    parametrizations.spectral_norm(model[2])
+    parametrize.register_parametrization(model[3], "bias", Shifted(3))
+    parametrize.register_parametrization(model[3], "weight", Halved())
+    nn.utils.weight_norm(model[4])
+    nn.utils.spectral_norm(model[5])
+    nn.utils.weight_norm(model[6])
+    prune.l1_unstructured(model[6], "weight_v", 5)
+    parametrize.register_parametrization(model[7], "weight", Shifted(3))
+    nn.utils.weight_norm(model[8], "weight_hh_l0")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_param_groups_of_computed_weights():
+    model = computed_model()
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = regfused.param_groups(model, l1=0.1, skip=["8.weight_hh*", "2.parametrizations.*"])
+    penalized, others = ([names[id(p)] for p in group["params"]] for group in groups)
+    assert sorted(penalized) == [
+        "0.weight_orig",
+        "1.parametrizations.weight.original0",
+        "1.parametrizations.weight.original1",
+        "3.parametrizations.weight.original",
+        "4.weight_g",
+        "4.weight_v",
+        "5.weight_orig",
+        "6.weight_g",
+        "6.weight_v_orig",
+        "8.weight_ih_l0",
+    ]
+    assert sorted(others) == [
+        "0.bias_orig",
+        "1.bias",
+        "2.bias",
+        "2.parametrizations.weight.original",
+        "3.parametrizations.bias.0.shift",
+        "3.parametrizations.bias.original",
+        "4.bias",
+        "5.bias",
+        "6.bias",
+        "7.bias",
+        "7.parametrizations.weight.0.shift",
+        "7.parametrizations.weight.original",
+        "8.bias_hh_l0",
+        "8.bias_ih_l0",
+        "8.weight_hh_l0_g",
+        "8.weight_hh_l0_v",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_sparsity_of_computed_weights():
+    model = computed_model()
+    with torch.no_grad():  # an optimizer's step: what modules keep from the last forward is old
+        for param in model.parameters():
+            param += 1.0
+    before = copy.deepcopy(model.state_dict())
+    report = regfused.sparsity(model)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(module.training for module in model.modules())
+    shapes = [p.shape for p in plain_model().parameters()]
+    counted = {p.name: (p.shape, p.zeros) for p in report.parameters}
+    zeros = {"0.weight": 8, "0.bias": 1, "6.weight": 5}
+    layers = [f"{i}.{name}" for i in range(8) for name in ("weight", "bias")]
+    lstm = [f"8.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    assert counted == {
+        name: (tuple(shape), zeros.get(name, 0)) for name, shape in zip([*layers, *lstm], shapes, strict=True)
+    }
+    assert len(report.parameters) == len(counted)
+    model.eval()
+    model[0](torch.ones(4))
+    assert counted["0.weight"][1] == int((model[0].weight == 0).sum())
+    assert regfused.sparsity(model) == report
+
+
+def test_sparsity_within_torchs_cache_of_parametrizations():
+    layer = parametrize.register_parametrization(nn.Linear(4, 3), "weight", Shifted((3, 4)))
+    with parametrize.cached():
+        regfused.sparsity(layer)
+        assert layer.weight.requires_grad
 
 
 def test_sparsity():

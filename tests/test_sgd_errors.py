@@ -1,6 +1,8 @@
 """Bad input: an error that names operation, demand and value, and nothing has changed."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -89,16 +91,97 @@ def test_options_that_must_agree_between_groups(make, values):
 
 @BOTH
 def test_unknown_options(make):
-    params = make_params([3])
     with pytest.raises(TypeError, match="l3"):
-        make(params, lr=0.1, l3=0.1)
-    with pytest.raises(ValueError, match="unknown option 'weightdecay'; did you mean 'weight_decay'?"):
-        make([{"params": params, "weightdecay": 0.1}], lr=0.1)
-    # Notes of schedulers and people are none of our business.
-    make(
-        [{"params": params, "name": "head", "initial_lr": 0.1, "lr_scale": 2, "max_lr": 1.0, "base_momentum": 0.8}],
-        lr=0.1,
-    )
+        make(make_params([3]), lr=0.1, l3=0.1)
+    with pytest.raises(TypeError, match="weightdecay"):
+        make(make_params([3]), lr=0.1, weightdecay=0.1)
+
+
+MISSPELT = {"weightdecay": "weight_decay", "weight_decy": "weight_decay", "max_nrom": "max_norm", "LR": "lr"}
+
+
+@BOTH
+@pytest.mark.parametrize("name", MISSPELT)
+def test_misspelt_options_in_a_group_are_warned_of_where_they_are_written(make, name):
+    message = f"{name!r} is not an option and does nothing; did you mean {MISSPELT[name]!r}?"
+    params = make_params([3, 4])
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        optimizer = make([{"params": params[:1], name: 0.1}], lr=0.1)
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught_later:
+        optimizer.add_param_group({"params": params[1:], name: 0.1})
+    for warning in (*caught, *caught_later):
+        assert warning.filename == __file__
+    assert (len(caught), len(caught_later)) == (1, 1)
+    give_grads(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        copy.deepcopy(optimizer).step()
+        with pytest.raises(UserWarning):
+            optimizer.add_param_group({"params": make_params([5]), name: 0.1})
+    assert len(optimizer.param_groups) == 2
+
+
+NOTES = (
+    *("use_weight_decay", "no_weight_decay", "min_weight_decay", "weight_decay_mult", "weight_decay_", "group_lr"),
+    *("initial_lr", "max_lr", "swa_lr", "lr_scale", "base_momentum", "max_momentum", "l1_ratio", "nesterov_", "name"),
+    *("betas", "eps", "amsgrad", "capturable", "trust_coefficient", "schedule", 7),
+)
+
+
+@BOTH
+def test_notes_of_others_in_a_group(make):
+    notes = dict.fromkeys(NOTES, 0.5)
+    params = make_params([3])
+    give_grads(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = make([{"params": params, **notes}], lr=0.1)
+        optimizer.param_groups[0]["no_weight_decays"] = True  # written later, and close to an option
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        other = make(make_params([3]), lr=0.1)
+        other.load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+    for group in (optimizer.param_groups[0], other.param_groups[0]):
+        assert {name: group[name] for name in NOTES} == notes and group["no_weight_decays"] is True
+
+
+# What torch says of the same mistake: programs look for it.
+TORCHS_WORDS = [
+    {"lr": -0.1},
+    {"lr": torch.tensor([0.1, 0.2])},
+    {"momentum": -0.5},
+    {"weight_decay": -1e-4},
+    {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+    {"fused": True, "foreach": True},
+    {"fused": True, "differentiable": True},
+]
+
+
+@BOTH
+@pytest.mark.parametrize("options", TORCHS_WORDS, ids=str)
+def test_messages_have_torchs_words(make, options):
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        torch.optim.SGD(make_params([3]), **options)
+    with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
+        make(make_params([3]), **options)
+    if theirs.type is ValueError:
+        with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+            make([{"params": make_params([3]), **options}])
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", ([[3], [4]], [[3, 4]]), ids=("groups", "parameters"))
+def test_checkpoints_that_do_not_fit_have_torchs_words(make, sizes):
+    theirs, ours = (cls([{"params": make_params([3])}], lr=0.1) for cls in (torch.optim.SGD, make))
+    saved = make([{"params": make_params(group)} for group in sizes], lr=0.1).state_dict()
+    with pytest.raises(ValueError) as error:
+        theirs.load_state_dict(copy.deepcopy(saved))
+    with pytest.raises(ValueError, match=re.escape(str(error.value))):
+        ours.load_state_dict(saved)
 
 
 @BOTH
@@ -148,6 +231,8 @@ def test_torchs_own_complaints(make):
 @pytest.mark.parametrize("dtype", (torch.complex64, torch.float8_e5m2), ids=str)
 def test_fused_true_demands_what_the_kernels_take(dtype):
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float32).to(dtype), requires_grad=False)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of supp"):
+        regfused.SGD([p], lr=0.1, fused=True)
     with pytest.raises(RuntimeError, match=f"SGD: fused=True demands dense float32.*parameter 0 .*{dtype}"):
         regfused.SGD([p], lr=0.1, fused=True)
     strided = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])

@@ -65,7 +65,9 @@ def new_state(optimizer):
 
 
 @BOTH
-@pytest.mark.parametrize("let_go", (clear, clear_entries, offload, new_entries, load, new_state), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "let_go", (clear, clear_entries, offload, new_entries, load, new_state), ids=lambda f: f.__name__
+)
 def test_momentum_buffers(make, let_go):
     params, optimizer = stepped(make)
     gone = Gone(**buffers_of(optimizer))
@@ -150,7 +152,7 @@ def test_after_a_step_that_did_not_happen(make, nonfinite):
 
 
 def test_scale_and_overflow():
-    params, optimizer = stepped(fused=True)
+    _params, optimizer = stepped(fused=True)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     optimizer.step()
     gone = Gone(scale=optimizer.grad_scale, found_inf=optimizer.found_inf)
@@ -188,7 +190,7 @@ def test_another_tensor_at_the_address_of_one_that_is_gone(kind):
 
 
 def test_something_else_at_the_address_of_a_parameter():
-    params, optimizer = stepped()
+    _params, optimizer = stepped()
     optimizer.param_groups[0]["params"][1] = "no tensor"
     with pytest.raises(TypeError):
         optimizer.step()

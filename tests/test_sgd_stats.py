@@ -79,7 +79,7 @@ def test_through_wrappers(make, wrapper):
         wrapped.step()
         for name in FIELDS:
             assert torch.equal(getattr(wrapped.stats, name), getattr(optimizer.stats, name)), name
-        assert 0 < wrapped.stats.penalty and 0 < wrapped.stats.grad_norm
+        assert wrapped.stats.penalty > 0 and wrapped.stats.grad_norm > 0
         assert wrapped.stats.as_floats() == optimizer.stats.as_floats()
 
 

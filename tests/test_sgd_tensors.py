@@ -209,7 +209,11 @@ class Counting(torch.nn.Parameter):
 
 @pytest.mark.parametrize("fused", (None, True))
 def test_plain_subclasses_are_ordinary_memory(fused):
-    params = [Plain(torch.randn(33)), torch.randn(5, 7).as_subclass(PlainTensor).requires_grad_(), torch.nn.Buffer(torch.randn(3))]
+    params = [
+        Plain(torch.randn(33)),
+        torch.randn(5, 7).as_subclass(PlainTensor).requires_grad_(),
+        torch.nn.Buffer(torch.randn(3)),
+    ]
     params = [*params, torch.nn.Parameter(torch.randn(4))]
     twins = copy_params(params)
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -344,6 +348,8 @@ def test_fused_true_refuses_to_step_meta_parameters():
     p.grad = torch.ones(3, device="meta")
     optimizer = regfused.SGD([p], lr=0.1, fused=True)
     # The words are torch's, up to the colon.
-    message = "`fused=True` requires all the params to be floating point Tensors.*parameter 0 of group 0 is on device meta"
+    message = (
+        "`fused=True` requires all the params to be floating point Tensors.*parameter 0 of group 0 is on device meta"
+    )
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()

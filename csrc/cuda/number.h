@@ -10,10 +10,12 @@ struct DeviceNumber {
   double value = 0;
   const void* at = nullptr;
   bool is_double = false;
+  float rounding = 0;  // how far below zero is zero, where it is in the memory of the device
 
   REGFUSED_RULE double get() const {
     if (!at) return value;
-    return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+    const double there = is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+    return there < 0 && there >= -double(rounding) ? 0 : there;
   }
 };
 

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "../strength.h"
 #include "grid.h"
 #include "stream.h"
 
@@ -158,6 +159,7 @@ void SgdOnCuda::collect_each(const SgdWork& work) {
     SgdDeviceGroup group{};
     group.hyper = work.groups[g];
     group.lr = number(work.lr[g], work.groups[g].lr);
+    if (work.lr[g].defined()) group.lr.rounding = static_cast<float>(rounding_of(work.lr[g].scalar_type()));
     lr_.push_back(group.lr);
     std::memcpy(each_.data() + g * kGroupWords, &group, sizeof group);
   }

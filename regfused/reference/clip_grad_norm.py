@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -22,9 +24,9 @@ def clip_grad_norm_(
     operation = "clip_grad_norm_"
     norm_type = options.check_norm_type(operation, norm_type)
     limit = options.check_max_norm(operation, max_norm)
-    grads = _grads(parameters)
+    grads = _grads(listed(parameters))
     norm = _norm(grads, norm_type)
-    _check_finite(operation, norm, error_if_nonfinite)
+    _check_finite(operation, norm, norm_type, error_if_nonfinite)
     clip_coef = torch.clamp(limit / (norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(clip_coef.to(grad.device))
@@ -37,15 +39,27 @@ def grad_norm(
 ) -> Tensor:
     """The twin of `regfused.grad_norm`."""
     norm_type = options.check_norm_type("grad_norm", norm_type)
-    grads = _grads(parameters)
+    grads = _grads(listed(parameters))
     norm = _norm(grads, norm_type)
-    _check_finite("grad_norm", norm, error_if_nonfinite)
+    _check_finite("grad_norm", norm, norm_type, error_if_nonfinite)
     return _as_torch_returns_it(norm, grads)
 
 
-def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    listed = [parameters] if isinstance(parameters, Tensor) else parameters
-    return [p.grad for p in listed if p.grad is not None]
+def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters; warns of a generator that has been used up."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    params = list(parameters)
+    if not params and isinstance(parameters, types.GeneratorType):
+        warnings.warn(
+            "there are no gradients (`parameters` is an empty generator, no gradient clipping will occur.)",
+            stacklevel=options.stacklevel_of_the_caller(),
+        )
+    return params
+
+
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
@@ -62,10 +76,13 @@ def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
-def _check_finite(operation: str, norm: Tensor, error_if_nonfinite: bool) -> None:
+def _check_finite(operation: str, norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
-            f"{operation}: error_if_nonfinite=True demands a finite norm of the gradients, but it is {norm.item()}"
+            f"{operation}: error_if_nonfinite=True demands a finite norm of the gradients, but it is {norm.item()} "
+            f"(The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`)"
         )
 
 

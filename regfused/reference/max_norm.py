@@ -44,9 +44,42 @@ def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[l
             raise ValueError(
                 f"{OPERATION}: params must be floating point or complex, but params[{i}] is {tensor.dtype}"
             )
+        base = tensor._base  # a view of a parameter is as good as that
+        if (tensor if base is None else base).grad_fn is not None:
+            _check_stays(tensor, i)
         if dim is not None:
             options.check_dim(OPERATION, "dim", dim, tensor, f"params[{i}]")
     return tensors, radius
+
+
+def _check_stays(tensor: Tensor, i: int) -> None:
+    """Raise ``ValueError`` unless a computed tensor is kept: it is computed again, and what is written into it lost."""
+    base = tensor if tensor._base is None else tensor._base
+    if tensor.retains_grad or base.retains_grad:
+        return
+    assert base.grad_fn is not None
+    leaves = " or ".join(f"a parameter of shape {tuple(leaf.shape)}" for leaf in _leaves(base))
+    raise ValueError(
+        f"{OPERATION}: params must be parameters or views of them, but params[{i}] of shape {tuple(tensor.shape)} is "
+        f"computed ({base.grad_fn.name()}), as the weight of a pruned or parametrized module is, and would be computed "
+        f"again without the constraint. Pass what it is computed from{f', {leaves}' if leaves else ''}: the module's "
+        "weight_orig, weight_g or parametrizations.weight.original; or detach() it, to change what it holds now"
+    )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The tensors that autograd computes a tensor from; none where they are many."""
+    leaves: dict[int, Tensor] = {}
+    nodes, seen = [tensor.grad_fn], set[Any]()
+    while nodes and len(seen) < 100:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        nodes.extend(following for following, _ in node.next_functions)
+    return list(leaves.values()) if not nodes and len(leaves) <= 3 else []
 
 
 def constrain(tensor: Tensor, radius: float, dim: int | None) -> None:

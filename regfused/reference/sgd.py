@@ -96,6 +96,7 @@ class SGD(torch.optim.SGD):
             options.check_construction(operation, complete)
             options.check_groups(operation, [*self.param_groups, complete])
             options.check_params(operation, [params] if isinstance(params, Tensor) else params)
+            options.warn_of_misspelt(operation, param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,6 +104,13 @@ class SGD(torch.optim.SGD):
 
         Options that it does not have keep the values that they have here. Momentum buffers are copied: an optimizer
         shares them neither with the dictionary nor with another optimizer that loads it.
+
+        A flat checkpoint of ``torch.optim.SGD`` (``torch.distributed.checkpoint.state_dict`` with
+        ``options=StateDictOptions(flatten_optimizer_state_dict=True)``) is taken apart by torch, which asks it for
+        every option here. Put those that it lacks into it first::
+
+            saved = {**get_optimizer_state_dict(model, optimizer, options=options), **saved}
+            set_optimizer_state_dict(model, optimizer, saved, options=options)
 
         Args:
             state_dict: as ``state_dict()`` returns it.
@@ -206,9 +214,7 @@ class SGD(torch.optim.SGD):
         if grad_scale is not None:
             grad_scale = float(grad_scale) if known else grad_scale.to(torch.float64)
         params = (
-            (g, i, group, param)
-            for g, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
+            (g, i, group, param) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])
         )
         entries = sgd_step.collect(params, grad_scale, operation, self.state)
         first = self.param_groups[0]
@@ -216,7 +222,7 @@ class SGD(torch.optim.SGD):
         clip_coef = None if grad_norm is None else sgd_step.clip_coefficient(first["max_norm"], grad_norm)
         if known:
             # The one place where the host waits for a device, and only under these policies.
-            if first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
+            if grad_norm is not None and first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
                 if first["nonfinite"] == "error":
                     raise RuntimeError(_nonfinite(operation, grad_norm.item()))
                 self._last.skip(grad_norm)

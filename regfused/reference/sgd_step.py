@@ -70,9 +70,13 @@ def collect(
         state: of the optimizer.
     """
     entries = []
-    for g, i, group, param in params:
+    counted: dict[int, Group] = {}
+    for g, i, given, param in params:
         if param.grad is None:
             continue
+        if g not in counted:
+            counted[g] = options.as_it_counts(given)
+        group = counted[g]
         entry = Entry(group, (g, i), param, param, param, param.grad, grad_scale)
         _check(entry, f"parameter {i} of group {g}, of shape {tuple(param.shape)},", operation)
         if is_dtensor(param) and _is_local(entry, state):
@@ -107,8 +111,8 @@ def _is_local(entry: Entry, state: State) -> bool:
         shards_of(param) is not None
         and are_alike(param, entry.raw_grad)
         and (buffer is None or are_alike(param, buffer))
-        and float(entry.group["group_l1"]) == 0
         and not torch.is_grad_enabled()
+        and float(entry.group["group_l1"]) == 0
     )
 
 
@@ -344,12 +348,10 @@ class Update:
         return velocity
 
     def _number(self, value: float | Tensor) -> float | Tensor:
-        """A learning rate as a number, where it has to be a tensor as a 0-dim one."""
-        if not isinstance(value, Tensor):
-            return max(value, 0.0)
-        if torch.is_grad_enabled():
+        """A learning rate as a number, or as a 0-dim tensor where its value cannot be looked at."""
+        if not isinstance(value, Tensor) or torch.is_grad_enabled():
             return value
-        return value.reshape(()).to(torch.float64).clamp(min=0) if not self._known else max(value.item(), 0.0)
+        return value.item() if self._known else value.reshape(()).to(torch.float64)
 
 
 def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
@@ -357,7 +359,9 @@ def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
     return {e.param for e in entries if state.get(e.param, {}).get("momentum_buffer") is None}
 
 
-def update_in_turn(entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None) -> Record:
+def update_in_turn(
+    entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None
+) -> Record:
     """One update after the other, for a tracer that does not see which parameters share their memory."""
     record = Record(clip_coef=_detached(clip_coef))
     first = first_gradients(entries, state)
