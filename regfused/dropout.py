@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from regfused import extension, reference
-from regfused.reference.dropout import TENSORS, draw_seed, drops_nothing, is_for_torch, probability
+from regfused.reference.dropout import TENSORS, draw_seed, drops_nothing, is_for_torch, probability, recorded
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -53,23 +55,51 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         >>> sorted(set(y.tolist())) == [0, float(torch.tensor(1 / 0.75))]
         True
     """
-    if type(p) is not float or not 0.0 <= p <= 1.0:
-        p = probability(p)
+    if not torch.jit.is_scripting():
+        return _dropout(input, p, training, inplace)
+    return nn.functional.dropout(input, p, training, inplace)
+
+
+def _dropout(input: Tensor, p: float, training: bool, inplace: bool, module: nn.Module | None = None) -> Tensor:
     if type(input) in TENSORS:
+        if type(p) is not float or not 0.0 <= p <= 1.0:
+            p = probability(p)
+        if torch.compiler.is_compiling():
+            return _while_compiling(input, p, training, inplace)
+        if not training or p == 0:
+            return input
+        if extension.C is None:
+            return reference.dropout(input, p, training, inplace)
+        done = extension.C.dropout(input, p, inplace)
+        if done is not None:
+            return done
+    return _without_kernels(input, p, training, inplace, module)
+
+
+def _without_kernels(input: Tensor, p: float, training: bool, inplace: bool, module: nn.Module | None) -> Tensor:
+    if isinstance(input, Proxy):
+        return recorded(dropout, module, input, p, training, inplace)
+    if type(input) in TENSORS:
+        if has_torch_function_unary(input):  # a TorchFunctionMode, which sees what it would see of torch's
+            result: Tensor = handle_torch_function(
+                dropout, (input,), input, p=p, training=training, inplace=inplace
+            )
+            return result
         if drops_nothing(input, p, training):
             return input
-        if torch.compiler.is_compiling():
-            if input.device.type in extension.DEVICES and not is_for_torch(input):
-                output = torch.ops.regfused.dropout(input, p, draw_seed(input.device))
-                # A graph makes of it whatever is best: its tensors are not written in place anyway.
-                return input.copy_(output) if inplace else output
-        elif extension.C is None:
-            return reference.dropout(input, p, training, inplace)
-        else:
-            done = extension.C.dropout(input, p, inplace)
-            if done is not None:
-                return done
-    return nn.functional.dropout(input, p, training, inplace)
+    return nn.functional.dropout(input, probability(p), training, inplace)
+
+
+def _while_compiling(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    """Nothing here breaks a graph."""
+    # Tools that look into an exported program expect torch's dropout in evaluation mode, too.
+    if not torch.compiler.is_exporting() and drops_nothing(input, p, training):
+        return input
+    if input.device.type not in extension.DEVICES or is_for_torch(input) or extension.in_functional_transform():
+        return nn.functional.dropout(input, p, training, inplace)
+    output: Tensor = torch.ops.regfused.dropout(input, p, draw_seed(input.device))
+    # A graph makes of it whatever is best: its tensors are not written in place anyway.
+    return input.copy_(output) if inplace else output
 
 
 class Dropout(nn.Dropout):
@@ -98,4 +128,6 @@ class Dropout(nn.Dropout):
         super().__init__(p, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        return dropout(input, self.p, self.training, self.inplace)
+        if not torch.jit.is_scripting():
+            return _dropout(input, self.p, self.training, self.inplace, self)
+        return nn.functional.dropout(input, self.p, self.training, self.inplace)

@@ -20,7 +20,7 @@ _CHECKOUT = Path(__file__).parent.parent  # or wherever else the package lies
 
 # What Python asks of the compiled part. One that lacks any of it was built from other sources.
 _OFFERS = {
-    "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "is_watched", "penalty", "takes"),
+    "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "in_functional_transform", "is_watched", "penalty", "takes"),
     "SgdPlan": (
         "clip_coef",
         "count",
@@ -106,4 +106,18 @@ DEVICES = () if C is None else ("cpu", "cuda") if C.CUDA else ("cpu",)
 
 def kernels_take(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a type that the kernels take, however it lies in memory. A compiler sees through this."""
-    return tensor.device.type in DEVICES and tensor.dtype in FUSED_DTYPES and tensor.layout == torch.strided
+    return (
+        tensor.device.type in DEVICES
+        and tensor.dtype in FUSED_DTYPES
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+    )
+
+
+@torch.compiler.assume_constant_result
+def in_functional_transform() -> bool:
+    """Whether ``torch.func`` is at work, for a compiler, which enters its transforms itself while it reads a program.
+
+    Functions compiled within transforms and without them are kept apart by the compiler's own guards.
+    """
+    return C is not None and bool(C.in_functional_transform())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,9 +52,21 @@ def number(operation: str, name: str, value: Any) -> float:
         raise ValueError(f"{operation}: {name} must be one number of float64's range, but {error}") from None
 
 
-def check_strength(operation: str, name: str, value: Any) -> float:
+def constant(operation: str, name: str, value: Any) -> float:
+    """`number`, for what is no variable of the formula: a tensor that waits for a gradient would wait in vain."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{operation}: {name} gets no gradient, and must be a number or a tensor without requires_grad, "
+            f"but got {value!r}"
+        )
+    return number(operation, name, value)
+
+
+def check_strength(
+    operation: str, name: str, value: Any, as_number: Callable[[str, str, Any], float] = number
+) -> float:
     """``value`` as a float; ``ValueError`` unless it is finite and >= 0."""
-    strength = number(operation, name, value)
+    strength = as_number(operation, name, value)
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}")
     return strength
@@ -195,7 +207,11 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether this is a dense tensor of torch's own class: what lies in its memory is all there is."""
-    return tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_nested
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    )
 
 
 def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:

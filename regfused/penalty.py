@@ -48,8 +48,8 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
         (2.75, [1.0, -1.5, 0.0])
     """
     tensors = [params] if isinstance(params, Tensor) else list(params)
-    options.check_strength("penalty", "l1", l1)
-    options.check_strength("penalty", "l2", l2)
+    options.check_strength("penalty", "l1", l1, options.constant)
+    options.check_strength("penalty", "l2", l2, options.constant)
     if torch.compiler.is_compiling():
         return _while_compiling(tensors, float(l1), float(l2))
     if extension.C is None:
@@ -64,9 +64,10 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 def _while_compiling(tensors: list[Tensor], l1: float, l2: float) -> Tensor:
     """Nothing here breaks a graph."""
     taken = [t for t in tensors if extension.kernels_take(t)]
+    # An exported program should need nothing but torch.
+    if not taken or torch.compiler.is_exporting() or extension.in_functional_transform():
+        return reference.penalty(tensors, l1=l1, l2=l2)
     rest = [t for t in tensors if not extension.kernels_take(t)]
-    if not taken:
-        return reference.penalty(rest, l1=l1, l2=l2)
     value: Tensor = torch.ops.regfused.penalty(taken, l1, l2)
     return _sum(value, reference.penalty(rest, l1=l1, l2=l2)) if rest else value
 
