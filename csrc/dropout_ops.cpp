@@ -151,9 +151,18 @@ struct DropoutInPlace : torch::autograd::Function<DropoutInPlace> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return backward_of(ctx, grads); }
 };
 
-Tensor dropout_autograd(const Tensor& input, double p, const Tensor& seed) { return Dropout::apply(input, p, seed); }
+// Before anything asks a nested tensor for its sizes.
+void check_not_nested(const Tensor& input) {
+  TORCH_CHECK_VALUE(!input.is_nested(), "regfused::dropout: input must be one tensor, but is a nested tensor");
+}
+
+Tensor dropout_autograd(const Tensor& input, double p, const Tensor& seed) {
+  check_not_nested(input);
+  return Dropout::apply(input, p, seed);
+}
 
 void dropout_autograd_(Tensor& input, double p, const Tensor& seed) {
+  check_not_nested(input);
   torch::autograd::check_inplace(input, input.requires_grad());
   DropoutInPlace::apply(input, p, seed);
 }

@@ -139,7 +139,13 @@ struct Penalty : torch::autograd::Function<Penalty> {
   }
 };
 
-Tensor penalty_autograd(at::TensorList params, double l1, double l2) { return Penalty::apply(params, l1, l2); }
+Tensor penalty_autograd(at::TensorList params, double l1, double l2) {
+  // Before anything asks a nested tensor for its sizes.
+  for (size_t i = 0; i < params.size(); ++i)
+    TORCH_CHECK_VALUE(!params[i].is_nested(), "regfused::penalty: params must be strided tensors, but params[", i,
+                      "] is a nested tensor");
+  return Penalty::apply(params, l1, l2);
+}
 
 }  // namespace
 

@@ -49,7 +49,8 @@ def clip_grad_norm_(
         RuntimeError: see ``error_if_nonfinite``.
 
     Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
-    clipped by torch's own function, all of them together. (Pascanu, Mikolov, Bengio, On the difficulty of training
+    clipped by torch's own function, all of them together; where one is a nested tensor, which torch's own does not take,
+    by `regfused.reference`. (Pascanu, Mikolov, Bengio, On the difficulty of training
     recurrent neural networks, 2013.)
 
     Example::
@@ -71,6 +72,8 @@ def clip_grad_norm_(
         norm: Tensor | None = extension.C.clip_grad_norm(listed, norm_type, limit, error_if_nonfinite)
         if norm is not None:
             return norm
+    if any(param.grad is not None and param.grad.is_nested for param in listed):
+        return reference.clip_grad_norm_(listed, limit, norm_type, error_if_nonfinite)
     return torch.nn.utils.clip_grad_norm_(listed, limit, norm_type, error_if_nonfinite)
 
 

@@ -201,6 +201,8 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
             continue  # torch says what is wrong with it
         if tensor.is_meta:
             raise ValueError(f"{operation}: parameters must have memory, but got one on the meta device")
+        if tensor.is_nested:
+            raise ValueError(f"{operation}: parameters must be single tensors, but got a nested tensor")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(f"{operation}: parameters must be floating point or complex, but got {tensor.dtype}")
 

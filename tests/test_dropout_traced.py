@@ -488,6 +488,7 @@ def test_fake_tensors():
 # --- Nested tensors ---------------------------------------------------------------------------------
 
 
+@needs_kernels
 @BOTH
 @pytest.mark.parametrize("layout", (torch.strided, torch.jagged), ids=str)
 def test_nested_tensors(module, layout):
@@ -503,6 +504,9 @@ def test_nested_tensors(module, layout):
         assert torch.equal(part, grad)
     for part in module.dropout(x, training=False).unbind():
         assert torch.equal(part, torch.ones_like(part))
+    if layout == torch.strided:
+        with pytest.raises(ValueError, match="input must be one tensor, but is a nested tensor"):
+            torch.ops.regfused.dropout(x, 0.5, torch.tensor(1))
     with pytest.raises(NotImplementedError, match="bernoulli_"):  # as torch says of its own
         module.dropout(x * 1, 0.5, inplace=True)
 
