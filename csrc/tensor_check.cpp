@@ -8,8 +8,8 @@
 namespace regfused {
 namespace {
 
-// What transforms put among the keys of their thread. Not the accessor of torch.func's state, which is there for good once
-// something was compiled.
+// What transforms put among the keys of their thread. Not the accessor of torch.func's state, which is there for good
+// once something was compiled.
 constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                            c10::DispatchKey::FuncTorchDynamicLayerBackMode,
                                            c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode});

@@ -24,8 +24,8 @@ std::string why_not_in_place(const at::Tensor& tensor);
 // non-overlapping float32, float64, bfloat16 and float16 tensors on a device that has kernels.
 std::string why_not_fused(const at::Tensor& param);
 
-// Whether torch.func is at work (vmap, grad, jvp), or the older vmap of torch.autograd.grad(is_grads_batched=True): they
-// take no autograd function written in C++.
+// Whether torch.func is at work (vmap, grad, jvp), or the older vmap of torch.autograd.grad(is_grads_batched=True):
+// they take no autograd function written in C++.
 bool in_functional_transform();
 
 // Whether a tensor has to do with one of them, or carries a tangent of forward-mode AD: only what torch itself has a

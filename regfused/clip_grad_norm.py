@@ -49,8 +49,8 @@ def clip_grad_norm_(
         RuntimeError: see ``error_if_nonfinite``.
 
     Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
-    clipped by torch's own function, all of them together; where one is a nested tensor, which torch's own does not take,
-    by `regfused.reference`. (Pascanu, Mikolov, Bengio, On the difficulty of training
+    clipped by torch's own function, all of them together; where one is a nested tensor, which torch does not take, by
+    `regfused.reference`. (Pascanu, Mikolov, Bengio, On the difficulty of training
     recurrent neural networks, 2013.)
 
     Example::

@@ -25,13 +25,15 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     instruction set and device.
 
     A place in memory: inputs with equal elements and different strides get different masks. An input that is not
-    dense in memory is copied first. Inputs that the kernels are not made for (other dtypes and devices, sparse tensors,
-    subclasses of ``Tensor``), and inputs under ``torch.func`` or forward-mode differentiation, go to torch's own
-    dropout.
+    dense in memory is copied first. Inputs that the kernels are not made for (other dtypes and devices, sparse and
+    nested tensors, subclasses of ``Tensor``), and inputs under ``torch.func`` or forward-mode differentiation, go to
+    torch's own dropout. So does what ``torch.jit`` scripts and traces, and what ``torch.export`` exports: it needs
+    nothing but torch where it is loaded. ``torch.fx`` records a call as it does one of torch's own.
 
     Args:
         input: of any shape, strides and floating dtype. Arithmetic is float64 for float64, otherwise float32.
-        p: probability of a zero, in [0, 1]; rounded to a multiple of 2\ :sup:`-32`. 0 is the identity.
+        p: probability of a zero, in [0, 1]; rounded to a multiple of 2\ :sup:`-32`. 0 is the identity. It gets no
+            gradient.
         training: False: the identity.
         inplace: write into ``input``.
 
@@ -41,8 +43,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         is dropped becomes NaN.
 
     Raises:
-        ValueError: for a ``p`` outside [0, 1], NaN or no number, and for an integer or boolean input of which something
-            would be dropped. Nothing has changed then.
+        ValueError: for a ``p`` outside [0, 1], NaN, no number or a tensor that requires a gradient, and for an integer
+            or boolean input of which something would be dropped. Nothing has changed then.
 
     Source:
         Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, Dropout: a simple way to prevent neural networks from
@@ -81,9 +83,7 @@ def _without_kernels(input: Tensor, p: float, training: bool, inplace: bool, mod
         return recorded(dropout, module, input, p, training, inplace)
     if type(input) in TENSORS:
         if has_torch_function_unary(input):  # a TorchFunctionMode, which sees what it would see of torch's
-            result: Tensor = handle_torch_function(
-                dropout, (input,), input, p=p, training=training, inplace=inplace
-            )
+            result: Tensor = handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
             return result
         if drops_nothing(input, p, training):
             return input
@@ -109,7 +109,8 @@ class Dropout(nn.Dropout):
         p: probability of a zero, in [0, 1], 0.5 by default.
         inplace: write into the input; False by default.
 
-    Shapes, dtypes, errors and formula are those of `dropout`. The identity in evaluation mode.
+    Shapes, dtypes, errors and formula are those of `dropout`. The identity in evaluation mode, also of a graph module
+    that ``torch.fx`` made of a model, and of a scripted one.
 
     Example::
 

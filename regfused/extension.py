@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from regfused import openmp, sources
 
@@ -20,7 +21,19 @@ _CHECKOUT = Path(__file__).parent.parent  # or wherever else the package lies
 
 # What Python asks of the compiled part. One that lacks any of it was built from other sources.
 _OFFERS = {
-    "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "in_functional_transform", "is_watched", "penalty", "takes"),
+    "": (
+        "TORCH_VERSION",
+        "SOURCES",
+        "CUDA",
+        "SgdPlan",
+        "build_info",
+        "clip_grad_norm",
+        "dropout",
+        "in_functional_transform",
+        "is_watched",
+        "penalty",
+        "takes",
+    ),
     "SgdPlan": (
         "clip_coef",
         "count",
@@ -116,8 +129,8 @@ def kernels_take(tensor: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def in_functional_transform() -> bool:
-    """Whether ``torch.func`` is at work, for a compiler, which enters its transforms itself while it reads a program.
+    """Whether ``torch.func`` or forward-mode AD is at work, for a compiler: it enters them while it reads a program.
 
     Functions compiled within transforms and without them are kept apart by the compiler's own guards.
     """
-    return C is not None and bool(C.in_functional_transform())
+    return C is not None and (bool(C.in_functional_transform()) or forward_ad._current_level >= 0)

@@ -117,8 +117,8 @@ def is_for_torch(input: Tensor) -> bool:
 def recorded(function: Any, module: nn.Module | None, input: Proxy, p: Any, training: Any, inplace: Any) -> Any:
     """A call as a node of the graph that ``torch.fx`` makes of a model.
 
-    A call of a module stays one, as that of ``torch.nn.Dropout`` does: it has to drop by the mode that the graph module is
-    in when it runs.
+    A call of a module stays one, as that of ``torch.nn.Dropout`` does: it has to drop by the mode that the graph module
+    is in when it runs.
     """
     tracer = input.tracer
     if module is not None and hasattr(tracer, "path_of_module"):
@@ -128,9 +128,7 @@ def recorded(function: Any, module: nn.Module | None, input: Proxy, p: Any, trai
             path = ""
         if path:
             return tracer.create_proxy("call_module", path, (input,), {})
-    return tracer.create_proxy(
-        "call_function", function, (input,), {"p": p, "training": training, "inplace": inplace}
-    )
+    return tracer.create_proxy("call_function", function, (input,), {"p": p, "training": training, "inplace": inplace})
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
