@@ -80,7 +80,7 @@ def _dropout(input: Tensor, p: float, training: bool, inplace: bool, module: nn.
 
 def _without_kernels(input: Tensor, p: float, training: bool, inplace: bool, module: nn.Module | None) -> Tensor:
     if isinstance(input, Proxy):
-        return recorded(dropout, module, input, p, training, inplace)
+        return recorded(dropout, Dropout, module, input, p, training, inplace)
     if type(input) in TENSORS:
         if has_torch_function_unary(input):  # a TorchFunctionMode, which sees what it would see of torch's
             result: Tensor = handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)

@@ -141,6 +141,16 @@ def test_a_module_that_is_no_part_of_the_model_is_a_functional_call(module):
 
 
 @BOTH
+def test_a_subclass_that_does_more_does_it_once(module):
+    class Shifted(module.Dropout):
+        def forward(self, x):
+            return super().forward(x) + 8
+
+    traced = fx.symbolic_trace(nn.Sequential(Shifted()))
+    assert set(traced(ONES).tolist()) == {8.0, 10.0}
+
+
+@BOTH
 def test_passes_that_trace_again(module):
     model = nn.Sequential(nn.Linear(4, 4), module.Dropout(), nn.ReLU())
     with warnings.catch_warnings():
@@ -360,8 +370,7 @@ TRANSFORMS = {
 @needs_kernels
 @pytest.mark.cpu
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-@pytest.mark.parametrize("fullgraph", (True, False))
+@pytest.mark.parametrize("backend, fullgraph", (("eager", False), ("aot_eager", True)))
 def test_compiled_transforms(transform, backend, fullgraph):
     torch._dynamo.reset()
     make, x = TRANSFORMS[transform]

@@ -101,8 +101,7 @@ TRANSFORMS = {
 @needs_kernels
 @pytest.mark.cpu
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-@pytest.mark.parametrize("fullgraph", (True, False))
+@pytest.mark.parametrize("backend, fullgraph", (("eager", False), ("aot_eager", True)))
 def test_compiled_transforms(transform, backend, fullgraph):
     torch._dynamo.reset()
     p = torch.randn(4, 3)

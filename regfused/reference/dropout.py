@@ -114,14 +114,14 @@ def is_for_torch(input: Tensor) -> bool:
     )
 
 
-def recorded(function: Any, module: nn.Module | None, input: Proxy, p: Any, training: Any, inplace: Any) -> Any:
+def recorded(function: Any, owner: type, module: Any, input: Proxy, p: Any, training: Any, inplace: Any) -> Any:
     """A call as a node of the graph that ``torch.fx`` makes of a model.
 
     A call of a module stays one, as that of ``torch.nn.Dropout`` does: it has to drop by the mode that the graph module
-    is in when it runs.
+    is in when it runs. A subclass of the ``owner`` whose forward does more would do it twice then.
     """
     tracer = input.tracer
-    if module is not None and hasattr(tracer, "path_of_module"):
+    if getattr(type(module), "forward", None) is owner.forward and hasattr(tracer, "path_of_module"):
         try:
             path = tracer.path_of_module(module)
         except NameError:  # made on the way, and no part of the model
@@ -140,7 +140,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 def _dropout(input: Tensor, p: float, training: bool, inplace: bool, module: nn.Module | None = None) -> Tensor:
     if isinstance(input, Proxy):
-        return recorded(dropout, module, input, p, training, inplace)
+        return recorded(dropout, Dropout, module, input, p, training, inplace)
     p = probability(p)
     if type(input) in TENSORS and drops_nothing(input, p, training):
         return input
