@@ -92,10 +92,12 @@ def _without_kernels(input: Tensor, p: float, training: bool, inplace: bool, mod
 
 def _while_compiling(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     """Nothing here breaks a graph."""
-    # Tools that look into an exported program expect torch's dropout in evaluation mode, too.
-    if not torch.compiler.is_exporting() and drops_nothing(input, p, training):
+    # In evaluation mode, too: tools that look into an exported program expect it.
+    if extension.compiles_in_torch():
+        return nn.functional.dropout(input, p, training, inplace)
+    if drops_nothing(input, p, training):
         return input
-    if input.device.type not in extension.DEVICES or is_for_torch(input) or extension.in_functional_transform():
+    if input.device.type not in extension.DEVICES or is_for_torch(input):
         return nn.functional.dropout(input, p, training, inplace)
     output: Tensor = torch.ops.regfused.dropout(input, p, draw_seed(input.device))
     # A graph makes of it whatever is best: its tensors are not written in place anyway.

@@ -127,10 +127,13 @@ def kernels_take(tensor: torch.Tensor) -> bool:
     )
 
 
+# Asked while a program is read: compilers of older torch have answers of their own to is_exporting.
 @torch.compiler.assume_constant_result
-def in_functional_transform() -> bool:
-    """Whether ``torch.func`` or forward-mode AD is at work, for a compiler: it enters them while it reads a program.
+def compiles_in_torch() -> bool:
+    """Whether a compiler has to find torch's own operations: under ``torch.func``, forward-mode AD, ``torch.export``.
 
-    Functions compiled within transforms and without them are kept apart by the compiler's own guards.
+    It enters transforms while it reads a program, and its own guards keep apart what was compiled within them. An
+    exported program should need nothing but torch.
     """
-    return C is not None and (bool(C.in_functional_transform()) or forward_ad._current_level >= 0)
+    in_transform = C is not None and C.in_functional_transform()
+    return bool(in_transform or forward_ad._current_level >= 0 or torch.compiler.is_exporting())

@@ -66,8 +66,7 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 def _while_compiling(tensors: list[Tensor], l1: float, l2: float) -> Tensor:
     """Nothing here breaks a graph."""
     taken = [t for t in tensors if extension.kernels_take(t)]
-    # An exported program should need nothing but torch.
-    if not taken or torch.compiler.is_exporting() or extension.in_functional_transform():
+    if not taken or extension.compiles_in_torch():
         return reference.penalty(tensors, l1=l1, l2=l2)
     rest = [t for t in tensors if not extension.kernels_take(t)]
     value: Tensor = torch.ops.regfused.penalty(taken, l1, l2)

@@ -219,6 +219,7 @@ def test_traced(module, model, training):
 
 
 @needs_kernels
+@pytest.mark.cpu
 def test_what_was_saved_needs_nothing_but_torch(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), regfused.Dropout())
     torch.jit.save(torch.jit.script(model), tmp_path / "scripted.pt")

@@ -103,14 +103,13 @@ def drops_nothing(input: Tensor, p: float, training: bool) -> bool:
 
 
 def is_for_torch(input: Tensor) -> bool:
-    """Whether only torch's own dropout knows what to do with an input, or should be what somebody records."""
+    """Whether only torch's own dropout knows what to do with an input, or should be what a trace holds."""
     return (
         type(input) not in TENSORS
         or input.layout != torch.strided
         or input.is_nested
         or input.dtype not in DTYPES
         or torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
     )
 
 
