@@ -113,7 +113,9 @@ def is_for_torch(input: Tensor) -> bool:
     )
 
 
-def recorded(function: Any, owner: type, module: Any, input: Proxy, p: Any, training: Any, inplace: Any) -> Any:
+def recorded(
+    function: Any, owner: type[nn.Module], module: Any, input: Proxy, p: Any, training: Any, inplace: Any
+) -> Any:
     """A call as a node of the graph that ``torch.fx`` makes of a model.
 
     A call of a module stays one, as that of ``torch.nn.Dropout`` does: it has to drop by the mode that the graph module
