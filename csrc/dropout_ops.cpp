@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
@@ -14,6 +15,7 @@
 
 #include "devices.h"
 #include "tensor_check.h"
+#include "watch.h"
 
 namespace regfused {
 namespace {
@@ -102,10 +104,28 @@ Tensor in_layout(const Tensor& grad, const c10::SymIntArrayRef strides) {
   return grad;
 }
 
+// The factors: what becomes of ones. Constants, which no transform needs to look into.
+Tensor factor(const c10::SymIntArrayRef sizes, const c10::SymIntArrayRef strides, at::ScalarType arithmetic, double p,
+              const Tensor& seed) {
+  const OutsideOfTransforms outside;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor ones = at::empty_strided_symint(sizes, strides, seed.options().dtype(arithmetic)).fill_(1);
+  return call(ones, p, seed);
+}
+
+// grad * factor in operations that torch can transform, with the bits of the kernels.
+Tensor in_torch(const Tensor& grad, const c10::SymIntArrayRef strides, double p, const Tensor& seed) {
+  const auto arithmetic = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return (grad * factor(grad.sym_sizes(), strides, arithmetic, p, seed)).to(grad.scalar_type());
+}
+
 variable_list backward_of(AutogradContext* ctx, const variable_list& grads) {
+  const Tensor& grad = grads[0];
   const Tensor seed = ctx->get_saved_variables()[0];
   const std::vector<c10::SymInt> strides = ctx->saved_data["strides"].toSymIntVector();
-  return {call(in_layout(grads[0], strides), ctx->saved_data["p"].toDouble(), seed), Tensor(), Tensor()};
+  const double p = ctx->saved_data["p"].toDouble();
+  if (is_transformed(grad)) return {in_torch(grad, strides, p, seed), Tensor(), Tensor()};
+  return {call(in_layout(grad, strides), p, seed), Tensor(), Tensor()};
 }
 
 struct Dropout : torch::autograd::Function<Dropout> {
@@ -131,9 +151,18 @@ struct DropoutInPlace : torch::autograd::Function<DropoutInPlace> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return backward_of(ctx, grads); }
 };
 
-Tensor dropout_autograd(const Tensor& input, double p, const Tensor& seed) { return Dropout::apply(input, p, seed); }
+// Before anything asks a nested tensor for its sizes.
+void check_not_nested(const Tensor& input) {
+  TORCH_CHECK_VALUE(!input.is_nested(), "regfused::dropout: input must be one tensor, but is a nested tensor");
+}
+
+Tensor dropout_autograd(const Tensor& input, double p, const Tensor& seed) {
+  check_not_nested(input);
+  return Dropout::apply(input, p, seed);
+}
 
 void dropout_autograd_(Tensor& input, double p, const Tensor& seed) {
+  check_not_nested(input);
   torch::autograd::check_inplace(input, input.requires_grad());
   DropoutInPlace::apply(input, p, seed);
 }
@@ -143,8 +172,9 @@ void dropout_autograd_(Tensor& input, double p, const Tensor& seed) {
 // --- Eager ----------------------------------------------------------------------------------------
 
 std::optional<Tensor> dropout_eagerly(const Tensor& input, double p, bool inplace) {
-  if (in_functional_transform() || !why_no_kernels(input).empty() || torch::autograd::isFwGradDefined(input))
+  if (in_function_mode() || in_jit_trace() || is_transformed(input) || !why_no_kernels(input).empty())
     return std::nullopt;
+  if (input.numel() == 0) return input;
   // As torch.compile has it, which knows no random_(): the same seed in both.
   const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {}, input.options().dtype(at::kLong));
   if (!inplace) return call(input, p, seed);

@@ -8,7 +8,8 @@
 namespace regfused {
 
 // Dropout by a seed that is drawn from torch's generator; p in (0, 1] and the dtype are the caller's to check.
-// Nothing where torch has to do it: no kernels for such a tensor, transforms of torch.func, forward-mode AD.
+// The input itself where it has no elements. Nothing where Python has to decide: no kernels for such a tensor,
+// transforms, forward-mode AD, torch.jit.trace, a TorchFunctionMode.
 std::optional<at::Tensor> dropout_eagerly(const at::Tensor& input, double p, bool inplace);
 
 }  // namespace regfused

@@ -61,6 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
         py::call_guard<py::gil_scoped_release>());
   m.def("takes", &takes);
+  m.def("in_functional_transform", &in_functional_transform);
   m.def("is_watched", &is_watched);
   py::class_<SgdPlan>(m, "SgdPlan")
       .def(py::init<py::function>(), py::arg("check"))

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sgn.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 #include "foreach_drive.h"
 #include "python_values.h"
 #include "tensor_check.h"
+#include "watch.h"
 
 namespace regfused {
 namespace {
@@ -98,11 +98,19 @@ std::vector<Tensor> call_penalty_backward(const Tensor& grad, at::TensorList par
   return op.call(grad, params, l1, l2);
 }
 
-// gain * (l1*sign(p) + 2*l2*p) in operations that autograd knows: for gradients of gradients.
+// gain*l1*sign(p) + gain*2*l2*p in operations that autograd knows and torch can transform, rounded as the kernels do. A
+// strength of zero must not meet infinities.
 Tensor differentiable_gradient(const Tensor& gain, const Tensor& param, double l1, double l2) {
   const auto arithmetic = param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor p = param.to(arithmetic);
-  return (gain.to(p.device(), arithmetic) * (l1 * at::sgn(p) + 2 * l2 * p)).to(param.scalar_type());
+  const Tensor wide = gain.to(p.device(), at::kDouble);
+  Tensor grad;
+  if (l1 != 0 || l2 == 0) grad = (wide * l1).to(arithmetic) * at::sgn(p);
+  if (l2 != 0) {
+    const Tensor linear = (wide * (2 * l2)).to(arithmetic) * p;
+    grad = grad.defined() ? grad + linear : linear;
+  }
+  return grad.to(param.scalar_type());
 }
 
 struct Penalty : torch::autograd::Function<Penalty> {
@@ -121,7 +129,7 @@ struct Penalty : torch::autograd::Function<Penalty> {
     for (size_t i = 0; i < params.size(); ++i)
       if (context->needs_input_grad(i)) wanted.push_back(params[i]);
     std::vector<Tensor> of_wanted;
-    if (at::GradMode::is_enabled())
+    if (at::GradMode::is_enabled() || is_transformed(grad_outputs[0]))
       for (const Tensor& param : wanted) of_wanted.push_back(differentiable_gradient(grad_outputs[0], param, l1, l2));
     else
       of_wanted = call_penalty_backward(grad_outputs[0], wanted, l1, l2);
@@ -131,13 +139,12 @@ struct Penalty : torch::autograd::Function<Penalty> {
   }
 };
 
-Tensor penalty_autograd(at::TensorList params, double l1, double l2) { return Penalty::apply(params, l1, l2); }
-
-// Forward-mode differentiation takes no autograd function written in C++ either.
-bool is_taken(const Tensor& param) {
-  const auto type = param.scalar_type();
-  return param.layout() == at::kStrided && !torch::autograd::isFwGradDefined(param) && has_kernels(param.device()) &&
-         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+Tensor penalty_autograd(at::TensorList params, double l1, double l2) {
+  // Before anything asks a nested tensor for its sizes.
+  for (size_t i = 0; i < params.size(); ++i)
+    TORCH_CHECK_VALUE(!params[i].is_nested(), "regfused::penalty: params must be strided tensors, but params[", i,
+                      "] is a nested tensor");
+  return Penalty::apply(params, l1, l2);
 }
 
 }  // namespace
@@ -145,13 +152,13 @@ bool is_taken(const Tensor& param) {
 pybind11::tuple penalty(const pybind11::list& params, double l1, double l2) {
   std::vector<Tensor> taken;
   pybind11::list leftovers;
-  const bool in_transform = in_functional_transform();
+  const bool in_trace = in_jit_trace();
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* const object = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     TORCH_CHECK_TYPE(THPVariable_Check(object), "regfused.penalty: params must be tensors, but item ", i, " is a ",
                      Py_TYPE(object)->tp_name);
     const Tensor& param = THPVariable_Unpack(object);
-    if (!in_transform && is_plain(object) && is_taken(param))
+    if (!in_trace && is_plain(object) && !is_transformed(param) && why_no_kernels(param).empty())
       taken.push_back(param);
     else
       leftovers.append(i);

@@ -3,14 +3,26 @@
 
 #include <algorithm>
 
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
 #include "devices.h"
 
 namespace regfused {
+namespace {
+
+// What transforms put among the keys of their thread. Not the accessor of torch.func's state, which is there for good
+// once something was compiled.
+constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           c10::DispatchKey::FuncTorchDynamicLayerBackMode,
+                                           c10::DispatchKey::FuncTorchVmapMode, c10::DispatchKey::VmapMode});
+
+// And among those of their tensors.
+constexpr c10::DispatchKeySet kTransformed({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                                            c10::DispatchKey::Batched});
+
+}  // namespace
 
 std::string why_no_kernels(const at::Tensor& tensor) {
   if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return "is a tensor subclass";
+  if (tensor.is_nested()) return "is a nested tensor";
   if (tensor.layout() != at::kStrided) return c10::str("has layout ", tensor.layout());
   if (!has_kernels(tensor.device())) return c10::str("is on device ", tensor.device());
   switch (tensor.scalar_type()) {
@@ -36,9 +48,15 @@ std::string why_not_fused(const at::Tensor& param) {
 }
 
 bool in_functional_transform() {
-  // Not the accessor of torch.func's state, which is there for good once something was compiled.
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return (keys.included_ - keys.excluded_).has_any(kTransforms);
 }
+
+bool is_transformed(const at::Tensor& tensor) {
+  return in_functional_transform() || tensor.key_set().has_any(kTransformed) || tensor._fw_grad(0).defined();
+}
+
+OutsideOfTransforms::OutsideOfTransforms() : guard(kTransforms) {}
 
 DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "chunk.h"
 
@@ -23,8 +24,19 @@ std::string why_not_in_place(const at::Tensor& tensor);
 // non-overlapping float32, float64, bfloat16 and float16 tensors on a device that has kernels.
 std::string why_not_fused(const at::Tensor& param);
 
-// Whether torch.func is at work (vmap, grad, jvp): it takes no autograd function written in C++.
+// Whether torch.func is at work (vmap, grad, jvp), or the older vmap of torch.autograd.grad(is_grads_batched=True):
+// they take no autograd function written in C++.
 bool in_functional_transform();
+
+// Whether a tensor has to do with one of them, or carries a tangent of forward-mode AD: only what torch itself has a
+// formula for can be done to it.
+bool is_transformed(const at::Tensor& tensor);
+
+// What is done while it is there is done outside of all transforms: to tensors that are no part of them.
+struct OutsideOfTransforms {
+  c10::impl::ExcludeDispatchKeyGuard guard;
+  OutsideOfTransforms();
+};
 
 // The storage type of an eligible tensor.
 DType dtype_of(const at::Tensor& tensor);

@@ -26,18 +26,21 @@ bool is_default_device(const c10::SafePyObject& mode) {
   return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr(getPyInterpreter()))) == type;
 }
 
-bool any_function_mode() {
+}  // namespace
+
+bool in_jit_trace() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer); }
+
+bool in_function_mode() {
   if (!at::impl::torch_function_mode_enabled()) return false;
+  const py::gil_scoped_acquire looks_at_python_objects;
   for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i)
     if (!is_default_device(*at::impl::PythonTorchFunctionTLS::get_stack_at(i))) return true;
   return false;
 }
 
-}  // namespace
-
 bool is_watched() {
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  return (keys.included_ - keys.excluded_).has_any(kWatchers) || any_function_mode();
+  return (keys.included_ - keys.excluded_).has_any(kWatchers) || in_function_mode();
 }
 
 }  // namespace regfused

@@ -8,4 +8,10 @@ namespace regfused {
 // memory past the dispatcher is not seen there: such a step belongs to operators that it sees.
 bool is_watched();
 
+// Whether torch.jit.trace records what this thread does.
+bool in_jit_trace();
+
+// Whether a TorchFunctionMode (but that of torch.set_default_device) looks at what is called.
+bool in_function_mode();
+
 }  // namespace regfused

@@ -49,8 +49,9 @@ def clip_grad_norm_(
 
     Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
     clipped by torch's own function, all of them together; so are all where a mode or a tracer (``make_fx``,
-    ``torch.jit.trace``, ``FakeTensorMode``) has to see what is done to them. (Pascanu, Mikolov, Bengio, On the
-    difficulty of training recurrent neural networks, 2013.)
+    ``torch.jit.trace``, ``FakeTensorMode``) has to see what is done to them. Where one is a nested tensor, which torch
+    does not take, `regfused.reference` clips. (Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural
+    networks, 2013.)
 
     Example::
 
@@ -71,6 +72,8 @@ def clip_grad_norm_(
         norm: Tensor | None = extension.C.clip_grad_norm(params, norm_type, limit, error_if_nonfinite)
         if norm is not None:
             return norm
+    if any(param.grad is not None and param.grad.is_nested for param in params):
+        return reference.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite)
     return torch.nn.utils.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from regfused import openmp, sources
 
@@ -28,6 +29,7 @@ _OFFERS = {
         "build_info",
         "clip_grad_norm",
         "dropout",
+        "in_functional_transform",
         "is_watched",
         "penalty",
         "takes",
@@ -118,4 +120,21 @@ DEVICES = () if C is None else ("cpu", "cuda") if C.CUDA else ("cpu",)
 
 def kernels_take(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a type that the kernels take, however it lies in memory. A compiler sees through this."""
-    return tensor.device.type in DEVICES and tensor.dtype in FUSED_DTYPES and tensor.layout == torch.strided
+    return (
+        tensor.device.type in DEVICES
+        and tensor.dtype in FUSED_DTYPES
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+    )
+
+
+# Asked while a program is read: compilers of older torch have answers of their own to is_exporting.
+@torch.compiler.assume_constant_result
+def compiles_in_torch() -> bool:
+    """Whether a compiler has to find torch's own operations: under ``torch.func``, forward-mode AD, ``torch.export``.
+
+    It enters transforms while it reads a program, and its own guards keep apart what was compiled within them. An
+    exported program should need nothing but torch.
+    """
+    in_transform = C is not None and C.in_functional_transform()
+    return bool(in_transform or forward_ad._current_level >= 0 or torch.compiler.is_exporting())

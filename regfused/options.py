@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,9 +75,21 @@ def number(operation: str, name: str, value: Any) -> float:
         raise ValueError(f"{operation}: {name} must be one number of float64's range, but {error}") from None
 
 
-def check_strength(operation: str, name: str, value: Any, below: float = 0.0) -> float:
+def constant(operation: str, name: str, value: Any) -> float:
+    """`number`, for what is no variable of the formula: a tensor that waits for a gradient would wait in vain."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{operation}: {name} gets no gradient, and must be a number or a tensor without requires_grad, "
+            f"but got {value!r}"
+        )
+    return number(operation, name, value)
+
+
+def check_strength(
+    operation: str, name: str, value: Any, below: float = 0.0, as_number: Callable[[str, str, Any], float] = number
+) -> float:
     """``value`` as a float; ``ValueError`` unless it is finite and >= 0, or ``below`` zero by so much at most."""
-    strength = number(operation, name, value)
+    strength = as_number(operation, name, value)
     if not (math.isfinite(strength) and strength >= -below):
         torchs = f" ({_TORCHS_WORDS[name]}: {value})" if strength < 0 and name in _TORCHS_WORDS else ""
         raise ValueError(f"{operation}: {name} must be finite and >= 0, but got {value}{torchs}")
@@ -265,6 +277,8 @@ def check_params(operation: str, params: Iterable[Any]) -> None:
         tensor = param[1] if isinstance(param, tuple) else param
         if not isinstance(tensor, torch.Tensor):
             continue  # torch says what is wrong with it
+        if tensor.is_nested:
+            raise ValueError(f"{operation}: parameters must be single tensors, but got a nested tensor")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(f"{operation}: parameters must be floating point or complex, but got {tensor.dtype}")
 
@@ -281,7 +295,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
     What lies in the memory of such a tensor is all there is.
     """
-    return tensor.layout == torch.strided and is_plain_class(type(tensor))
+    return tensor.layout == torch.strided and not tensor.is_nested and is_plain_class(type(tensor))
 
 
 def is_plain_class(cls: type[torch.Tensor]) -> bool:

@@ -23,17 +23,19 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 
     Args:
         params: a tensor or an iterable of tensors, of any shapes and strides, on any devices; float32, float64,
-            bfloat16 and float16 in any mixture on the CPU or CUDA devices go to the kernels, others to
-            `regfused.reference`, and so does everything under ``torch.func``.
-        l1: strength of ``sum|p|``, finite and >= 0.
-        l2: strength of ``sum(p^2)``, finite and >= 0.
+            bfloat16 and float16 in any mixture on the CPU or CUDA devices go to the kernels, others (nested ones by
+            their parts) to `regfused.reference`, and so does everything under ``torch.func``, ``torch.jit.trace`` and
+            ``torch.export``.
+        l1: strength of ``sum|p|``, finite and >= 0. A number: it gets no gradient.
+        l2: strength of ``sum(p^2)``, likewise.
 
     Returns:
         A 0-dim tensor: float64 where one of the tensors is, float32 otherwise; on the first device that is not the CPU.
         Terms are formed in float32 (float64 for float64) and added up in float64, in an order that is always the same.
 
     Raises:
-        ValueError: for a strength outside its range and for tensors that are neither floating point nor complex.
+        ValueError: for a strength outside its range or one that requires a gradient, and for tensors that are neither
+            floating point nor complex.
         TypeError: for something else than tensors.
 
     The elastic net is that of Zou and Hastie, Regularization and variable selection via the elastic net, 2005, without
@@ -48,8 +50,8 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
         (2.75, [1.0, -1.5, 0.0])
     """
     tensors = [params] if isinstance(params, Tensor) else list(params)
-    options.check_strength("penalty", "l1", l1)
-    options.check_strength("penalty", "l2", l2)
+    options.check_strength("penalty", "l1", l1, as_number=options.constant)
+    options.check_strength("penalty", "l2", l2, as_number=options.constant)
     if torch.compiler.is_compiling():
         return _while_compiling(tensors, float(l1), float(l2))
     if extension.C is None:
@@ -64,9 +66,9 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 def _while_compiling(tensors: list[Tensor], l1: float, l2: float) -> Tensor:
     """Nothing here breaks a graph."""
     taken = [t for t in tensors if extension.kernels_take(t)]
+    if not taken or extension.compiles_in_torch():
+        return reference.penalty(tensors, l1=l1, l2=l2)
     rest = [t for t in tensors if not extension.kernels_take(t)]
-    if not taken:
-        return reference.penalty(rest, l1=l1, l2=l2)
     value: Tensor = torch.ops.regfused.penalty(taken, l1, l2)
     return _sum(value, reference.penalty(rest, l1=l1, l2=l2)) if rest else value
 

@@ -301,6 +301,27 @@ def test_while_compiling():
 
 
 @BOTH
+@pytest.mark.parametrize("layout", (torch.strided, torch.jagged), ids=str)
+def test_nested_gradients(module, layout):
+    start = [torch.randn(2, 3), torch.randn(5, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are a prototype
+        param = torch.nested.nested_tensor(start, layout=layout, requires_grad=True)
+    sum((i + 1) * part.square().sum() for i, part in enumerate(param.unbind())).backward()
+    alone = torch.ones(4, requires_grad=True)
+    alone.sum().backward()
+    grads = [2 * start[0], 4 * start[1], torch.ones(4)]
+    want = torch.cat([grad.flatten() for grad in grads]).double().norm()
+    # Terms are squared and added up in float64.
+    eps = torch.finfo(torch.float32).eps
+    for norm in (module.grad_norm([param, alone]), module.clip_grad_norm_([param, alone], 0.5)):
+        torch.testing.assert_close(norm.double(), want, rtol=eps, atol=0)
+    # Roundings of the coefficient and of the product.
+    for got, grad in zip((*param.grad.unbind(), alone.grad), grads, strict=True):
+        torch.testing.assert_close(got.double(), grad.double() * (0.5 / (want + 1e-6)), rtol=2 * eps, atol=0)
+
+
+@BOTH
 @pytest.mark.parametrize("arguments, message", [
     ((-1.0,), "clip_grad_norm_: max_norm must be >= 0, but got -1.0"),
     ((math.nan,), "clip_grad_norm_: max_norm must be >= 0, but got nan"),

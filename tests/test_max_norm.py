@@ -267,6 +267,7 @@ def test_tensors_that_cannot_be_constrained(constrain):
         (torch.ones(3, dtype=torch.bool), r"floating point or complex, but params\[1\] is torch.bool"),
         (torch.ones(3, device="meta"), r"have memory, but params\[1\] has layout torch.strided on meta"),
         (torch.ones(3, device="cpu").to_sparse(), r"must be dense .* params\[1\] has layout torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2)]), r"must be dense .* params\[1\] is a nested tensor"),
         (3.0, r"must be tensors, but params\[1\] is a float"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -200,8 +200,9 @@ def test_a_group_that_lost_an_option(make):
     [
         (torch.zeros(3, dtype=torch.int64), "parameters must be floating point or complex, but got torch.int64"),
         (torch.zeros(3, dtype=torch.bool), "parameters must be floating point or complex, but got torch.bool"),
+        (torch.nested.nested_tensor([torch.zeros(3)]), "parameters must be single tensors, but got a nested tensor"),
     ],
-    ids=("integer", "bool"),
+    ids=("integer", "bool", "nested"),
 )
 def test_parameters(make, tensor, message):
     with pytest.raises(ValueError, match=message):

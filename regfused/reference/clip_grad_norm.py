@@ -62,10 +62,15 @@ def _grads(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
+def _without_nesting(grads: list[Tensor]) -> list[Tensor]:
+    """The parts of nested tensors, which have no norms of their own, in their place."""
+    return [part for grad in grads for part in (grad.unbind() if grad.is_nested else (grad,))]
+
+
 def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
     """0-dim float64, on the device of the first gradient."""
     norms = []
-    for grad in grads:
+    for grad in _without_nesting(grads):
         values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
         if values.numel() == 0:
             continue  # the maximum of nothing is an error in torch

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from regfused import options
 
@@ -80,15 +83,19 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def probability(p: float) -> float:
     """``p`` as a float, or ``ValueError``."""
-    value = options.number("dropout", "p", p)
+    value = options.constant("dropout", "p", p)
     if not 0 <= value <= 1:
-        raise ValueError(f"dropout: p must be in [0, 1], but got {p}")
+        # Programs look for torch's words.
+        raise ValueError(
+            f"dropout: p must be in [0, 1], but got {p} (dropout probability has to be between 0 and 1, but got {p})"
+        )
     return value
 
 
 def drops_nothing(input: Tensor, p: float, training: bool) -> bool:
     """Whether dropout is the identity; ``ValueError`` for an input that cannot be scaled."""
-    if not training or p == 0 or input.numel() == 0:
+    # torch.jit.trace would record the number of elements, and what is done with it.
+    if not training or p == 0 or (not torch.jit.is_tracing() and input.numel() == 0):
         return True
     if not (input.is_floating_point() or input.is_complex()):
         raise ValueError(f"dropout: input must be floating point, but got {input.dtype}")
@@ -96,12 +103,45 @@ def drops_nothing(input: Tensor, p: float, training: bool) -> bool:
 
 
 def is_for_torch(input: Tensor) -> bool:
-    """Whether an input is of a kind that only torch's own dropout knows what to do with."""
-    return type(input) not in TENSORS or input.layout != torch.strided or input.dtype not in DTYPES
+    """Whether only torch's own dropout knows what to do with an input, or should be what a trace holds."""
+    return (
+        type(input) not in TENSORS
+        or input.layout != torch.strided
+        or input.is_nested
+        or input.dtype not in DTYPES
+        or torch.jit.is_tracing()
+    )
+
+
+def recorded(
+    function: Any, owner: type[nn.Module], module: Any, input: Proxy, p: Any, training: Any, inplace: Any
+) -> Any:
+    """A call as a node of the graph that ``torch.fx`` makes of a model.
+
+    A call of a module stays one, as that of ``torch.nn.Dropout`` does: it has to drop by the mode that the graph module
+    is in when it runs. A subclass of the ``owner`` whose forward does more would do it twice then.
+    """
+    tracer = input.tracer
+    if getattr(type(module), "forward", None) is owner.forward and hasattr(tracer, "path_of_module"):
+        try:
+            path = tracer.path_of_module(module)
+        except NameError:  # made on the way, and no part of the model
+            path = ""
+        if path:
+            return tracer.create_proxy("call_module", path, (input,), {})
+    return tracer.create_proxy("call_function", function, (input,), {"p": p, "training": training, "inplace": inplace})
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """See `regfused.dropout`: the same result from the same seed."""
+    if not torch.jit.is_scripting():
+        return _dropout(input, p, training, inplace)
+    return nn.functional.dropout(input, p, training, inplace)
+
+
+def _dropout(input: Tensor, p: float, training: bool, inplace: bool, module: nn.Module | None = None) -> Tensor:
+    if isinstance(input, Proxy):
+        return recorded(dropout, Dropout, module, input, p, training, inplace)
     p = probability(p)
     if type(input) in TENSORS and drops_nothing(input, p, training):
         return input
@@ -119,4 +159,6 @@ class Dropout(nn.Dropout):
         super().__init__(p, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        return dropout(input, self.p, self.training, self.inplace)
+        if not torch.jit.is_scripting():
+            return _dropout(input, self.p, self.training, self.inplace, self)
+        return nn.functional.dropout(input, self.p, self.training, self.inplace)

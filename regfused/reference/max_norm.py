@@ -35,10 +35,10 @@ def check(params: Tensor | Iterable[Tensor], max_norm: Any, dim: Any) -> tuple[l
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{OPERATION}: params must be tensors, but params[{i}] is a {type(tensor).__name__}")
-        if tensor.is_meta or tensor.layout != torch.strided:
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
+            layout = "is a nested tensor" if tensor.is_nested else f"has layout {tensor.layout}"
             raise ValueError(
-                f"{OPERATION}: params must be dense and have memory, but params[{i}] has layout {tensor.layout} "
-                f"on {tensor.device}"
+                f"{OPERATION}: params must be dense and have memory, but params[{i}] {layout} on {tensor.device}"
             )
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(

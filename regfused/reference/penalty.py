@@ -13,9 +13,10 @@ from regfused import options
 def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     """The twin of `regfused.penalty`: ``l1*sum|p| + l2*sum(p^2)``. Takes complex tensors and subclasses as well."""
     tensors = [params] if isinstance(params, Tensor) else list(params)
-    options.check_strength("penalty", "l1", l1)
-    options.check_strength("penalty", "l2", l2)
+    options.check_strength("penalty", "l1", l1, as_number=options.constant)
+    options.check_strength("penalty", "l2", l2, as_number=options.constant)
     options.check_floating("penalty", tensors)
+    tensors = [part for tensor in tensors for part in (tensor.unbind() if tensor.is_nested else (tensor,))]
     terms = [_term(tensor, l1, l2) for tensor in tensors]
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     dtype = torch.float64 if wide else torch.float32
