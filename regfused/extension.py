@@ -20,7 +20,18 @@ _CHECKOUT = Path(__file__).parent.parent  # or wherever else the package lies
 
 # What Python asks of the compiled part. One that lacks any of it was built from other sources.
 _OFFERS = {
-    "": ("TORCH_VERSION", "SOURCES", "CUDA", "SgdPlan", "build_info", "clip_grad_norm", "dropout", "is_watched", "penalty", "takes"),
+    "": (
+        "TORCH_VERSION",
+        "SOURCES",
+        "CUDA",
+        "SgdPlan",
+        "build_info",
+        "clip_grad_norm",
+        "dropout",
+        "is_watched",
+        "penalty",
+        "takes",
+    ),
     "SgdPlan": (
         "clip_coef",
         "count",
