@@ -32,7 +32,8 @@ help:
 	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
 	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
-	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most"
+	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most."
+	@echo "              REHEARSE=1 needs no GPU: small shapes on the CPU, result files in $(OUT)/"
 	@echo "make matrix   build and test with the oldest and the newest torch and Python, each in an environment of its own,"
 	@echo "              of up to 6 GB; ROWS=\"oldest newest-cpu\" runs these alone, KEEP=1 keeps environments"
 	@echo "make lint     ruff, clang-format, mypy"
@@ -73,7 +74,7 @@ gpu-check:
 	$(if $(REHEARSE),,here=$$($(GPU_PYTHON) -m benchmarks.gpu_architecture); \
 	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$here};) \
 	REGFUSED_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace 2>&1 | $(SHORTER); \
-	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) --out $(RESULTS) \
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse --out $(OUT),--out $(RESULTS)) \
 		--seconds $$(($(GPU_SECONDS) + start - $$(date +%s)))
 
 build: $(VENV)/installed

@@ -1,7 +1,7 @@
 """The versions of Python and torch that are built and tested beside those of `make test`: one row, one nox session.
 
-`make matrix` runs all rows, `make matrix ROWS="oldest newest-cpu"` some, `nox --list` shows them. A row builds in a copy
-of the checkout inside of its environment, in .nox/; both are removed when it passed, unless KEEP=1 is given.
+`make matrix` runs all rows, `make matrix ROWS="oldest newest-cpu"` some, `nox --list` shows them. A row builds in a
+copy of the checkout inside of its environment, in .nox/; both are removed when it passed, unless KEEP=1 is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prints which architecture `make gpu-check` compiles for, that of the GPU that is here; the first call that needs one."""
+"""Prints which architecture `make gpu-check` compiles for: the first call of it that needs a GPU."""
 
 import sys
 

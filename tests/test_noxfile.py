@@ -1,4 +1,4 @@
-"""The rows of the matrix hold what the package promises: each Python, the oldest torch, with and without CUDA kernels."""
+"""The rows of the matrix hold what is promised: each Python, the oldest torch, with and without CUDA kernels."""
 
 import re
 from pathlib import Path
