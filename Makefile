@@ -11,6 +11,9 @@ OUT    ?= out
 RESULTS     ?= benchmarks/results
 GPU_PYTHON  ?= python3
 GPU_SECONDS ?= 460
+REHEARSE    ?=
+ROWS        ?=
+KEEP        ?=
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
@@ -19,7 +22,7 @@ BIN := $(VENV)/bin
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test sanitize bench gpu-check build lint format clean
+.PHONY: help demo test matrix sanitize bench gpu-check build lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
@@ -29,7 +32,10 @@ help:
 	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
 	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
-	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most"
+	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most."
+	@echo "              REHEARSE=1 needs no GPU: small shapes on the CPU, result files in $(OUT)/"
+	@echo "make matrix   build and test with the oldest and the newest torch and Python, each in an environment of its own,"
+	@echo "              of up to 6 GB; ROWS=\"oldest newest-cpu\" runs these alone, KEEP=1 keeps environments"
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make clean    remove what was built and $(VENV)"
 
@@ -41,6 +47,11 @@ test: build
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
 	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal
+
+# The rows are in noxfile.py.
+matrix: $(VENV)/installed
+	$(BIN)/nox $(if $(KEEP),--reuse-existing-virtualenvs) $(if $(ROWS),--session $(ROWS)) $(if $(KEEP),-- keep) || { \
+		echo "A Python that was not found comes with, for example: pyenv install 3.10 3.12 3.13"; exit 1; }
 
 # Needs torch and the tests, but nothing of the ordinary build: it compiles all of it under sanitizers.
 sanitize: $(VENV)/installed
@@ -55,14 +66,15 @@ bench: build
 	@$(BIN)/python -m benchmarks.cpu_targets --out $(RESULTS)
 
 # Not in $(VENV): torch, CUDA and all else are those of the machine, which may have no network. Every stage runs, and the
-# files are written, whatever fails; the time that compiling took is taken from that of the stages.
+# files are written, whatever fails; the time that compiling took is taken from that of the stages. With REHEARSE=1 no
+# GPU is needed: the stages run on the CPU, on small shapes.
 gpu-check:
-	@echo "== compile for the GPU that is here"
+	@echo "== compile for $(if $(REHEARSE),a rehearsal without a GPU,the GPU that is here)"
 	@start=$$(date +%s); \
-	arch=$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_PYTHON) -c \
-		'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}; \
-	TORCH_CUDA_ARCH_LIST=$$arch REGFUSED_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace 2>&1 | $(SHORTER); \
-	$(GPU_PYTHON) -m benchmarks.gpu_check --out $(RESULTS) \
+	$(if $(REHEARSE),,here=$$($(GPU_PYTHON) -m benchmarks.gpu_architecture); \
+	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$here};) \
+	REGFUSED_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace 2>&1 | $(SHORTER); \
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse --out $(OUT),--out $(RESULTS)) \
 		--seconds $$(($(GPU_SECONDS) + start - $$(date +%s)))
 
 build: $(VENV)/installed
@@ -97,4 +109,4 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf build regfused/*.so *.egg-info $(VENV) $(OUT)
+	rm -rf build regfused/*.so *.egg-info $(VENV) .nox $(OUT)

@@ -17,6 +17,8 @@ from rich.table import Table as RichTable
 
 import regfused
 
+LONG_CELL = 100  # characters; names and numbers have less
+
 
 @dataclass
 class Table:
@@ -32,7 +34,9 @@ class Table:
         table = RichTable(title=self.title, title_justify="left", box=box.ASCII2, caption=self.note or None)
         table.caption_justify = "left"
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i < self.names else "right", no_wrap=True)
+            # Only what is long is broken where the terminal is narrow, or rich makes other columns disappear for it.
+            long = any(len(row[i]) > LONG_CELL for row in self.rows)
+            table.add_column(column, justify="left" if i < self.names else "right", no_wrap=not long)
         for row, after in zip(self.rows, [*self.rows[1:], None], strict=True):
             new_block = 1 < self.names < len(self.columns) and after is not None and after[0] != row[0]
             table.add_row(*row, end_section=new_block)

@@ -16,7 +16,9 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 pytest.importorskip("numpy")
 
+import torch
 import typer
+from rich.console import Console
 
 from benchmarks import cuda_timing, gpu_check, launches, penalty_jobs, sanitizer, sanitizer_run, stage, suite, targets
 from benchmarks.sgd_jobs import JOBS, OURS
@@ -155,6 +157,27 @@ def test_a_command_ends_at_its_limit():
     ended = stage.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 3)
     assert ended.code is None and ended.seconds < 20
     assert "stopped after" in ended.reason and ended.last_lines(20)[0] == "begun"
+
+
+def test_a_long_message_hides_no_other_column(capsys):
+    outcome = gpu_check.Outcome("failed", "RuntimeError: " + "a long message " * 20, seconds=7, limit=30)
+    summary = gpu_check.Report(Path("out"), rehearsed=False)
+    summary.outcomes = dict.fromkeys([part.name for part in gpu_check.STAGES], outcome)
+    summary.stages_table().print(Console(width=180, file=sys.stdout))
+    printed = capsys.readouterr().out
+    for part in gpu_check.STAGES:
+        assert part.title in printed
+    assert printed.count("| failed ") == printed.count(" 7 of 30 ") == len(gpu_check.STAGES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_a_machine_without_a_gpu_is_told_so():
+    command = [sys.executable, "-m", "benchmarks.gpu_architecture"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stdout == ""
+    first, *_, last = run.stderr.splitlines()
+    assert first.startswith(f"make gpu-check needs a GPU, but torch {torch.__version__} of ")
+    assert "REHEARSE=1" in last and "Traceback" not in run.stderr
 
 
 def test_later_stages_keep_what_they_need():

@@ -1,8 +1,8 @@
 """Cases in which torch.optim.SGD(fused=True) has been wrong on the CPU; held to the for-loop."""
 
 import copy
+import datetime
 import os
-import socket
 
 import pytest
 import torch
@@ -109,16 +109,13 @@ def test_first_gradient_later(fused):
     assert ours._plan.tensors == 3
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _fsdp_worker(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+def _fsdp_worker(rank: int, world: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    # Without a limit, the processes wait half an hour for each other where "lo" is down.
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=datetime.timedelta(minutes=2)
+    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -139,7 +136,7 @@ def _fsdp_worker(rank: int, world: int, port: int, folder: str) -> None:
 
 @pytest.mark.cpu
 def test_fsdp2_parameters(tmp_path):
-    torch.multiprocessing.spawn(_fsdp_worker, (2, _free_port(), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_fsdp_worker, (2, str(tmp_path)), nprocs=2)
     weights, norm = torch.load(tmp_path / "weights.pt")
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))

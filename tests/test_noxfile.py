@@ -1,0 +1,44 @@
+"""The rows of the matrix hold what is promised: each Python, the oldest torch, with and without CUDA kernels."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nox", reason="make matrix needs it")
+
+import noxfile
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def the_only(pattern: str, text: str) -> str:
+    [found] = re.findall(pattern, text)
+    return found
+
+
+def test_every_python_that_is_promised_has_a_row():
+    promised = re.findall(r"Programming Language :: Python :: (3\.\d+)", PYPROJECT)
+    assert the_only(r'requires-python = ">=([\d.]+)"', PYPROJECT) == promised[0]
+    assert sorted({row.python for row in noxfile.ROWS}, key=lambda v: int(v[2:])) == promised
+
+
+def test_the_oldest_torch_has_a_row_for_every_kind_of_build():
+    oldest = the_only(r'"torch>=([\d.]+)"', PYPROJECT)
+    assert noxfile.OLDEST in (oldest, f"{oldest}.0")
+    usual = the_only(r"TORCH *\?= torch==([\d.]+)", (ROOT / "Makefile").read_text())
+    releases = [tuple(map(int, version.split("."))) for version in (noxfile.OLDEST, usual, noxfile.NEWEST)]
+    assert releases == sorted(releases)
+    for version in (noxfile.OLDEST, noxfile.NEWEST):
+        rows = [row for row in noxfile.ROWS if row.torch == version]
+        assert {row.build_env["REGFUSED_CUDA"] for row in rows} == {"0", "1"}, version
+        assert noxfile.WHOLE_SUITE in {row.tests for row in rows}, version
+
+
+def test_what_rows_run_is_there():
+    assert [row.name for row in noxfile.ROWS if row.rehearsal]
+    assert len({row.name for row in noxfile.ROWS}) == len(noxfile.ROWS)
+    for row in noxfile.ROWS:
+        assert all((ROOT / test).exists() for test in row.tests)
+    assert set(noxfile.ABSENT_THERE) < set((ROOT / "requirements-dev.txt").read_text().split())
