@@ -47,8 +47,10 @@ class Record:
 
 @dataclass
 class LastStep:
-    """What the last step left behind. One object for the life of an optimizer: wrappers that copy its attributes
-    share it."""
+    """What the last step left behind.
+
+    An optimizer has one such object as long as it lives: wrappers that copy its attributes share it.
+    """
 
     record: Record | None = None  # of the reference, where it took part
     kernels: Numbers | None = None  # of the compiled part, likewise
@@ -142,12 +144,11 @@ class Stats:
         self._penalties = record.penalties
         self._zeros = [Part(_tensor(record.zeros))]
         numel = record.numel
-        for g, i in record.stepped:
-            # Groups and parameters may have gone since.
-            params = list(param_groups[g]["params"]) if g < len(param_groups) else []
-            if i < len(params):
-                self._zeros.append(_zeros_of(params[i]))
-                numel = numel + params[i].numel()
+        params = {(g, i): p for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])}
+        for place in record.stepped:
+            if place in params:  # it may have gone since
+                self._zeros.append(_zeros_of(params[place]))
+                numel = numel + params[place].numel()
         self._numel = _tensor(numel)
 
     @cached_property

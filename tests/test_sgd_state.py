@@ -254,6 +254,7 @@ def test_params_in_other_containers(make, fused, contain):
         for _ in range(2):
             give_grads(params)
             share_grads(params, twins)
+            ours.stats.as_floats()
             ours.step()
             loop.step()
             assert_params_equal(params, twins)

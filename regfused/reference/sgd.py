@@ -152,6 +152,7 @@ class SGD(torch.optim.SGD):
         ``optimizer.stats.as_floats()`` has them for a logger.
         """
         # Plain attributes: on an object that is put around an optimizer, and has its class, they lead to it.
+        options.list_params(self.param_groups)
         return self._last.stats(self.param_groups)
 
     # --- The step ---------------------------------------------------------------------------------
@@ -256,12 +257,7 @@ class SGD(torch.optim.SGD):
                 clip_coef = torch.where(finite, 1.0 if clip_coef is None else clip_coef, 0.0)
             else:
                 torch._assert_async(finite if overflows is None else finite | overflows, _nonfinite(operation, "not"))
-        if sgd_step.share_memory(entries):
-            record = sgd_step.update_in_turn(entries, self.state, clip_coef, happens)
-        else:
-            update = sgd_step.Update(entries, self.state, clip_coef, happens)
-            update.commit()
-            record = update.record
+        record = sgd_step.update_in_turn(entries, self.state, clip_coef, happens)
         self._last.by_reference(replace(record, grad_norm=grad_norm))
         if happens is not None:
             self._last.skipped = self._last.skipped + (~happens).to(torch.float64)

@@ -338,8 +338,9 @@ class Update:
         ):
             self._write(buffer, velocity)
             return velocity
-        kept = velocity.clone()
-        if velocity.layout == torch.strided:
+        if velocity.layout != torch.strided:
+            kept = velocity.clone()
+        else:
             kept = torch.empty_like(entry.target, requires_grad=False)
             kept.copy_(velocity if self._happens is None else torch.where(self._happens, velocity, 0))
         if entry.shards is not None:
@@ -362,7 +363,10 @@ def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
 def update_in_turn(
     entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None
 ) -> Record:
-    """One update after the other, for a tracer that does not see which parameters share their memory."""
+    """One update after the other, for tracers: nothing can be torn there.
+
+    Parameters may share memory, which a tracer does not see, and a step is seen to take the memory of one update.
+    """
     record = Record(clip_coef=_detached(clip_coef))
     first = first_gradients(entries, state)
     for entry in entries:
@@ -388,13 +392,6 @@ def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(plain_to, plain_sources)
         # Under a TorchDispatchMode that call does not do it.
         torch.autograd.graph.increment_version([tensor for tensor in plain_to if not tensor.is_inference()])
-
-
-def share_memory(entries: list[Entry]) -> bool:
-    """Whether two parameters share a storage, or one is listed twice."""
-    times = Counter(s.data_ptr() for s in _storages(entries) if s is not None)
-    times.pop(0, None)
-    return any(count > 1 for count in (*times.values(), *Counter(e.param for e in entries).values()))
 
 
 def _storages(entries: list[Entry]) -> list[torch.UntypedStorage | None]:
