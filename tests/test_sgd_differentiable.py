@@ -6,6 +6,8 @@ import pytest
 import torch
 from sgd_cases import BOTH
 
+pytestmark = [pytest.mark.cpu, pytest.mark.reference]
+
 OPTIONS = {
     "lr": {},
     "lr, momentum": {"momentum": 0.9},

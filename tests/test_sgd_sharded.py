@@ -14,6 +14,7 @@ from regfused import extension, reference
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.reference,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built"),
 ]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import regfused
 from regfused import extension
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.reference]
 
 SIZES = (3, 33, (5, 7))
 
