@@ -18,6 +18,7 @@ struct SgdGroup {
   // Within a step: the group, and a list or tuple of what is in dict["params"].
   pybind11::object dict;
   pybind11::object params;
+  Py_ssize_t size = 0;  // how many there were when they were listed
 
   SgdHyper hyper;
   int64_t group_dim = 0;  // as it was written: which tensors have it is the plan's to check

@@ -29,12 +29,6 @@ bool buffer_fits(PyObject* object, const at::Tensor& param) {
          buffer.sizes() == param.sizes();
 }
 
-// Whether what is at a known address is a tensor of the known class. An address of something that is gone may be
-// another object's.
-bool is_same(PyObject* object, PyObject* known, PyTypeObject* type) {
-  return object == known && Py_TYPE(object) == type && is_tensor(object);
-}
-
 }  // namespace
 
 SgdPlan::SgdPlan(py::function check) : check_(std::move(check)) {}
@@ -43,9 +37,10 @@ bool SgdPlan::needs_norm() const {
   return !groups_.empty() && (groups_.front().clips || groups_.front().nonfinite != SgdGroup::Nonfinite::propagate);
 }
 
-// Whether groups, parameters and state lie as they did when the plan was made. Holds what it looked at.
+// Whether groups, parameters and state have the addresses that they had when the plan was made. What is there now is
+// for collect to see.
 bool SgdPlan::is_known() {
-  if (groups_.empty() || param_groups_.size() != groups_.size()) return false;
+  if (groups_.empty() || static_cast<size_t>(PyList_GET_SIZE(param_groups_.ptr())) != groups_.size()) return false;
   size_t p = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* dict = PyList_GET_ITEM(param_groups_.ptr(), static_cast<Py_ssize_t>(g));
@@ -53,12 +48,10 @@ bool SgdPlan::is_known() {
     groups_[g].hold(dict);
     PyObject* list = groups_[g].params.ptr();
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
+    if (size != groups_[g].size) return false;
     for (Py_ssize_t i = 0; i < size; ++i, ++p) {
       PyObject* object = PySequence_Fast_GET_ITEM(list, i);
-      if (p == params_.size() || params_[p].group != static_cast<int32_t>(g) ||
-          !is_same(object, known_[p].param, known_[p].type))
-        return false;
-      held_.push_back(py::reinterpret_borrow<py::object>(object));
+      if (p == params_.size() || object != known_[p].param) return false;
     }
   }
   if (p != params_.size()) return false;
@@ -70,7 +63,6 @@ bool SgdPlan::is_known() {
     if (key != entries_[e].key || !PyDict_Check(value)) return false;
     PyObject* buffer = lookup(value, momentum_buffer_key());
     if (buffer != entries_[e].buffer) return false;
-    if (buffer) held_.push_back(py::reinterpret_borrow<py::object>(buffer));
   }
   return true;
 }
@@ -81,7 +73,6 @@ void SgdPlan::remember_state() {
   Py_ssize_t position = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
     PyObject* buffer = PyDict_Check(value) ? lookup(value, momentum_buffer_key()) : nullptr;
-    if (buffer) held_.push_back(py::reinterpret_borrow<py::object>(buffer));
     entries_.push_back({key, buffer});
   }
 }
@@ -109,8 +100,15 @@ void SgdPlan::release() {
   for (SgdGroup& group : groups_) group.release();
   if (!leftover.empty()) leftover = py::list();
   held_.clear();
-  param_groups_ = py::list();
-  state_ = py::dict();
+  param_groups_ = state_ = py::object();
+}
+
+// For the rest of a step in which other Python code may run, and let go of what the step works on.
+void SgdPlan::hold_all() {
+  for (const Known& known : known_) {
+    held_.push_back(py::reinterpret_borrow<py::object>(known.param));
+    if (known.buffer) held_.push_back(py::reinterpret_borrow<py::object>(known.buffer));
+  }
 }
 
 void SgdPlan::build() {
@@ -135,7 +133,8 @@ void SgdPlan::list_params() {
     SgdGroup group;
     group.hold(dict.ptr());
     PyObject* list = group.params.ptr();
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+    group.size = PySequence_Fast_GET_SIZE(list);
+    for (Py_ssize_t i = 0; i < group.size; ++i) {
       PyObject* object = PySequence_Fast_GET_ITEM(list, i);
       TORCH_CHECK_TYPE(is_tensor(object), "regfused.SGD.step: parameter ", i, " of group ", g,
                        " must be a tensor, but is a ", Py_TYPE(object)->tp_name);
@@ -144,7 +143,6 @@ void SgdPlan::list_params() {
       param.index = static_cast<int32_t>(i);
       params_.push_back(std::move(param));
       known_.push_back({object, Py_TYPE(object)});
-      held_.push_back(py::reinterpret_borrow<py::object>(object));
     }
     groups_.push_back(std::move(group));
   }

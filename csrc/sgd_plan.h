@@ -112,8 +112,10 @@ class SgdPlan {
   bool read_options();
   [[noreturn]] void complain() const;
   void forget();
+  void hold_all();
 
   // One step: sgd_plan_step.cpp.
+  bool is_same(size_t p) const;
   const at::Tensor& tensor_of(size_t p) const;
   const at::Tensor& buffer_of(size_t p) const;
   std::string name_of(const Param& param) const;
@@ -160,9 +162,8 @@ class SgdPlan {
   int64_t skipped_ = 0;
 
   // Of one step, until its end.
-  py::list param_groups_;
-  py::dict state_;
-  std::vector<py::object> held_;  // what was looked at, so that no other thread can free it
+  py::object param_groups_, state_;
+  std::vector<py::object> held_;  // see hold_all
   double judged_norm_ = NAN;
   std::vector<at::Tensor> grads_;                                // one for each of params_
   std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy

@@ -49,6 +49,12 @@ class Entered {
   bool& busy_;
 };
 
+// Whether this process has another thread that runs Python code where this one lets it.
+bool has_other_python_threads() {
+  const PyThreadState* first = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
+  return PyThreadState_Next(const_cast<PyThreadState*>(first)) != nullptr;
+}
+
 // Where a step ends, and where it is left by an exception, it lets go of all that it holds.
 class Released {
  public:
@@ -88,6 +94,8 @@ bool SgdPlan::step(py::list param_groups, py::dict state, py::handle grad_scale,
     build();
     TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
   }
+  // Making buffers may start the garbage collector, and with it anything; so may what is left to Python.
+  if (!pending_.empty() || !leftover.empty() || has_other_python_threads()) hold_all();
   driver_.find_live();
   const char* why_host = why_host_judges();
   TORCH_CHECK(!why_host || !driver_.is_capturing(),
@@ -224,6 +232,11 @@ std::string SgdPlan::name_of(const Param& param) const {
   return name;
 }
 
+// Whether there is a tensor of the known class at the address of a parameter: another object may have come to it.
+bool SgdPlan::is_same(size_t p) const {
+  return Py_TYPE(known_[p].param) == known_[p].type && is_tensor(known_[p].param);
+}
+
 // Cheap: whether the parameter is what it was when it was found eligible.
 bool SgdPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
   const SgdTensor& row = driver_.tensors[param.row];
@@ -265,6 +278,7 @@ bool SgdPlan::collect() {
 // its parameter, and a momentum buffer that is there. False: to be looked at closely.
 bool SgdPlan::collect_usual(size_t p) {
   const Param& param = params_[p];
+  if (!is_same(p)) return false;
   const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
   if (param.row < 0) return !grad.defined();
@@ -287,6 +301,7 @@ bool SgdPlan::collect_usual(size_t p) {
 
 bool SgdPlan::collect_closely(size_t p) {
   const Param& param = params_[p];
+  if (!is_same(p)) return false;
   const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
   if (param.row >= 0) driver_.tensors[param.row].grad = nullptr;

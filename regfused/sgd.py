@@ -91,7 +91,9 @@ class SGD(reference.SGD):
         differentiable: True: pure PyTorch, and autograd runs through the step.
         fused: None: the kernels for every tensor they can take, the reference for the rest. True: demand the kernels,
             and under ``torch.amp.GradScaler`` unscale inside the step, which, as torch's ``fused=True``, leaves the
-            unscaled gradient in ``p.grad``. False: pure PyTorch.
+            unscaled gradient in ``p.grad``. False: pure PyTorch. Under modes that watch operations, tracers
+            (``make_fx``, ``FakeTensorMode``, ``torch.jit.trace``) and ``torch.func`` a step is made of torch
+            operations, whatever this says, so that it is seen there.
 
     Raises:
         ValueError, RuntimeError: for options, gradients, parameters and loaded state that are not as they must be, with
@@ -127,8 +129,9 @@ class SGD(reference.SGD):
             plan = self._plan = self._last.counting = extension.C.SgdPlan(_check)
         grad_scale = self.__dict__.get("grad_scale")
         if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
-            if self._last.kernels is not plan or self._last.record is not None:
-                self._last.by_kernels(plan, plan.outcome)
+            last = self._last
+            if last.kernels is not plan or last.record is not None:
+                last.by_kernels(plan, plan.outcome)
         else:
             try:
                 if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
