@@ -248,7 +248,7 @@ def test_params_in_other_containers(make, fused, contain):
     params = make_params([5, 6])
     twins = copy_params(params)
     ours = make(params, lr=0.1, momentum=0.9, max_norm=1.0, fused=fused)
-    loop = make(twins, lr=0.1, momentum=0.9, max_norm=1.0)
+    loop = make(twins, lr=0.1, momentum=0.9, max_norm=1.0, fused=fused)
     for _ in range(2):
         ours.param_groups[0]["params"] = contain(params)
         for _ in range(2):

@@ -144,6 +144,23 @@ def test_policies_are_operations_of_the_graph(policy):
         torch.testing.assert_close(p.detach(), q.detach() - 0.1, rtol=0, atol=1e-6)
 
 
+def test_a_first_step_that_is_skipped_while_it_is_traced():
+    """Nobody can know there that it is skipped. The momentum buffer that it makes is zero, and the next step is right."""
+    params = make_params([3, 33])
+    twins = copy_params(params)
+    optimizer = regfused.SGD(params, lr=0.1, momentum=0.9, nonfinite="skip")
+    loop = torch.optim.SGD(twins, lr=0.1, momentum=0.9, foreach=False)
+    for p in params:
+        p.grad = torch.full_like(p, math.nan)
+    make_fx(lambda x: (optimizer.step(), x)[1])(torch.ones(1))
+    assert_close(params, [q.detach().double() for q in twins])
+    give_grads(params)
+    share_grads(params, twins)
+    optimizer.step()
+    loop.step()
+    assert_close(params, [q.detach().double() for q in twins])
+
+
 @pytest.mark.parametrize("finite", (True, False))
 def test_scaled_gradients_in_a_graph(finite):
     """found_inf and grad_scale are inputs of the graph."""
