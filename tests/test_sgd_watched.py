@@ -145,7 +145,7 @@ def test_policies_are_operations_of_the_graph(policy):
 
 
 def test_a_first_step_that_is_skipped_while_it_is_traced():
-    """Nobody can know there that it is skipped. The momentum buffer that it makes is zero, and the next step is right."""
+    """Nobody can know there that it is. The momentum buffer that it makes is zero, and the next step is right."""
     params = make_params([3, 33])
     twins = copy_params(params)
     optimizer = regfused.SGD(params, lr=0.1, momentum=0.9, nonfinite="skip")
