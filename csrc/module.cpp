@@ -1,7 +1,6 @@
 // The Python module regfused._C. The one file that pays for torch/extension.h.
 #include <torch/extension.h>
 
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/version.h>
 
 #include "clip_grad_norm.h"
@@ -36,8 +35,7 @@ py::dict build_info() {
 // Which tensors the kernels take, one by one; none where two share memory. None within torch.func, whose wrappers look
 // plain and have no memory, and within torch.jit.trace, which does not see operators from outside.
 std::vector<bool> takes(const std::vector<at::Tensor>& tensors) {
-  if (in_functional_transform() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer))
-    return std::vector<bool>(tensors.size(), false);
+  if (in_functional_transform() || in_jit_trace()) return std::vector<bool>(tensors.size(), false);
   std::vector<bool> taken;
   std::vector<MemoryRange> memory;
   for (const at::Tensor& tensor : tensors) {

@@ -18,7 +18,7 @@ double number(PyObject* value);
 // A plain 1-element tensor whose value the host would have to wait for; otherwise an undefined one.
 at::Tensor number_on_device(PyObject* value);
 
-// Whether this is a torch.Tensor or of a class derived from it; no word of Python runs.
+// Whether this is a torch.Tensor or of a class derived from it: runs no Python.
 bool is_tensor(PyObject* object);
 
 // Whether a tensor's class is torch.Tensor, Parameter, Buffer, or one derived from them that has neither

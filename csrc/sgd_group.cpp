@@ -76,7 +76,8 @@ double rounding_of(PyObject* value) {
   // Numbers of other libraries, such as numpy.float32, by their size in bytes.
   const py::object size = py::getattr(value, "itemsize", py::none());
   if (!py::isinstance<py::int_>(size)) return kRounding;
-  return size.equal(py::int_(2)) ? 0x1p-7 : size.equal(py::int_(4)) ? 0x1p-23 : kRounding;
+  const auto type = size.equal(py::int_(2)) ? at::kBFloat16 : size.equal(py::int_(4)) ? at::kFloat : at::kDouble;
+  return regfused::rounding_of(type);
 }
 
 double strength(PyObject* value) {

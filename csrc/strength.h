@@ -1,7 +1,9 @@
-// Strengths that schedulers lead to zero: what rounding has put below it is zero.
+// How far below zero rounding can bring a strength that schedulers lead to zero.
 #pragma once
 
 #include <c10/core/ScalarType.h>
+
+#include "strength_rule.h"
 
 namespace regfused {
 
@@ -17,10 +19,6 @@ inline double rounding_of(c10::ScalarType type) {
     case c10::ScalarType::BFloat16: return 0x1p-7;
     default: return kRounding;
   }
-}
-
-inline double rounded_up_to_zero(double strength, double rounding) {
-  return strength < 0 && strength >= -rounding ? 0 : strength;
 }
 
 }  // namespace regfused

@@ -7,17 +7,17 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/PyInterpreter.h>
 
+#include "tensor_check.h"
+
 namespace regfused {
 
 namespace py = pybind11;
 
 namespace {
 
-// What modes, tracers and transforms put among the keys of their thread.
+// What modes and tracers put among the keys of their thread; for transforms see in_functional_transform().
 constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::PreDispatch,
-                                         c10::DispatchKey::Tracer, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::VmapMode, c10::DispatchKey::FuncTorchVmapMode,
-                                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+                                         c10::DispatchKey::Tracer, c10::DispatchKey::Functionalize});
 
 // torch.set_default_device is a TorchFunctionMode, too. It only adds a device to calls that make tensors.
 bool is_default_device(const c10::SafePyObject& mode) {
@@ -40,7 +40,7 @@ bool in_function_mode() {
 
 bool is_watched() {
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  return (keys.included_ - keys.excluded_).has_any(kWatchers) || in_function_mode();
+  return (keys.included_ - keys.excluded_).has_any(kWatchers) || in_functional_transform() || in_function_mode();
 }
 
 }  // namespace regfused

@@ -103,8 +103,9 @@ def rounding(value: Any) -> float:
     if isinstance(value, int | float):
         return _ROUNDING
     # Numbers of other libraries, such as numpy.float32, by their size in bytes.
+    rounding_of = {2: _ROUNDING_OF[torch.bfloat16], 4: _ROUNDING_OF[torch.float32]}
     size: Any = getattr(value, "itemsize", None)
-    return {2: 2.0**-7, 4: 2.0**-23}.get(size, _ROUNDING)
+    return rounding_of.get(size, _ROUNDING)
 
 
 def strength(value: Any) -> Any:

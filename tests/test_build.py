@@ -234,7 +234,7 @@ def test_kernels_leave_no_code_for_the_linker_to_share(isa):
         assert not [s for s in shared if f"regfused::{isa}::" not in s], shared
 
 
-@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.penalties", "regfused.sparsity"))
+@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.penalties", "regfused.sparsity", "regfused.stats"))
 def test_examples_in_docstrings(module):
     loaded = importlib.import_module(module)
     result = doctest.testmod(loaded, extraglobs={"regfused": regfused, "torch": torch})

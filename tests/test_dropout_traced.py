@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import watchers
 from torch import fx, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -423,24 +424,12 @@ def test_one_compiled_function_with_a_transform_and_without():
 # --- Modes ------------------------------------------------------------------------------------------
 
 
-class Names(torch.utils._python_dispatch.TorchDispatchMode):
-    """Writes down what is done."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @needs_kernels
 @pytest.mark.parametrize("inplace", (False, True))
 def test_a_dispatch_mode_sees_the_operator_and_changes_nothing(inplace):
     x = torch.randn(1000, requires_grad=True)
     results = []
-    mode = Names()
+    mode = watchers.Dispatched()
     for context in (warnings.catch_warnings(), mode):
         torch.manual_seed(4)
         with context:
@@ -450,7 +439,7 @@ def test_a_dispatch_mode_sees_the_operator_and_changes_nothing(inplace):
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     op = "regfused.dropout_.default" if inplace else "regfused.dropout.default"
-    assert op in mode.names and mode.names.count("regfused.dropout.default") == (1 if inplace else 2)
+    assert op in mode.seen and mode.seen.count("regfused.dropout.default") == (1 if inplace else 2)
 
 
 def test_a_function_mode_sees_the_function():

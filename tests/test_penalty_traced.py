@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import watchers
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -184,21 +185,13 @@ def test_graphs_of_operators(mode, pre_dispatch, backward):
 
 @needs_kernels
 def test_a_dispatch_mode_sees_the_operators_and_changes_nothing():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    names = []
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     p = torch.randn(100, requires_grad=True)
     want = (value_of(p), torch.autograd.grad(value_of(p), p)[0])
-    with Names():
+    with watchers.Dispatched() as mode:
         got = (value_of(p), torch.autograd.grad(value_of(p), p)[0])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert names.count("regfused.penalty.default") == 2 and names.count("regfused.penalty_backward.default") == 1
+    assert mode.seen.count("regfused.penalty.default") == 2
+    assert mode.seen.count("regfused.penalty_backward.default") == 1
 
 
 def test_fake_tensors():

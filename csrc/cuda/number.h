@@ -1,7 +1,7 @@
 // Numbers among the arguments of a kernel. No torch and no CUDA in here.
 #pragma once
 
-#include "../portable.h"
+#include "../strength_rule.h"
 
 namespace regfused {
 
@@ -15,7 +15,7 @@ struct DeviceNumber {
   REGFUSED_RULE double get() const {
     if (!at) return value;
     const double there = is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
-    return there < 0 && there >= -double(rounding) ? 0 : there;
+    return rounded_up_to_zero(there, rounding);
   }
 };
 
