@@ -178,7 +178,9 @@ def test_another_tensor_at_the_address_of_one_that_is_gone(kind):
         optimizer.state.clear()
         optimizer.param_groups[0]["params"].clear()
         params.clear()
-        new = NEW[kind]()
+        # All of them stay, so that each takes another place, and one the place that is free.
+        others = [NEW[kind]() for _ in range(300)]
+        new = next((other for other in others if id(other) == address), others[-1])
         optimizer.param_groups[0]["params"].append(new)
         new.grad = torch.full_like(new, 2.0)
         optimizer.step()
