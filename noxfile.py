@@ -23,7 +23,7 @@ NONE = ""
 WHOLE_SUITE = ("tests", "--deselect=tests/test_cuda_build.py::test_registers_and_spills")
 SHORT_RUN = tuple(
     f"tests/test_{name}.py"
-    for name in ("noxfile", "sgd_parity", "sgd_state", "sgd_ops", "penalty", "clip_grad_norm", "max_norm", "dropout")
+    for name in ("noxfile", "step_parity", "step_state", "step_ops", "penalty", "clip_grad_norm", "max_norm", "dropout")
 )
 # What make gpu-check has to do without, on a machine that has a GPU and no network.
 ABSENT_THERE = ("expecttest", "nox")

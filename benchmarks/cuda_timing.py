@@ -21,12 +21,12 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import clip_jobs, dropout_jobs, harness, memory, penalty_jobs, report, sgd_jobs
+from benchmarks import clip_jobs, dropout_jobs, harness, memory, penalty_jobs, report, step_jobs
 from benchmarks.arms import us
 from benchmarks.harness import Call
 from benchmarks.job import Job
 from benchmarks.models import checked_part, numel_of, random_params, read_models, reduced
-from benchmarks.sgd_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, SEED_LOOP_FUSED
+from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, SEED_LOOP_FUSED
 
 # A few large tensors: what the step does where nothing but memory matters, and where nothing but launching does; and
 # what dropout is timed on.
@@ -375,7 +375,7 @@ def shapes_of(model: str, small: bool) -> list[list[int]]:
     return reduced(shapes) if small else shapes
 
 
-STEP_ERROR = f"Error: the largest after {sgd_jobs.STEPS} steps, over the largest parameter, against float64."
+STEP_ERROR = f"Error: the largest after {step_jobs.STEPS} steps, over the largest parameter, against float64."
 BLOCK_ERROR = "Error: the largest of a result over the largest result, against float64."
 
 

@@ -19,11 +19,11 @@ from rich.console import Console
 
 from benchmarks import cuda_timing, gpu_facts, launches, report, sanitizer, stage, suite, targets
 
-GPU_TESTS = "tests/test_sgd_gpu.py"
+GPU_TESTS = "tests/test_step_gpu.py"
 # What does not depend on the device, and takes long.
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("bench", "build", "demo", "determinism", "gpu_check", "guarantees", "sgd_atomic")
+    for name in ("bench", "build", "demo", "determinism", "gpu_check", "guarantees", "step_atomic")
 )
 # All files that there are: a new one needs no word here.
 DEVICE_TESTS = ["tests", *(f"--ignore={file}" for file in (GPU_TESTS, *OTHER_TESTS))]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import regfused
-from benchmarks import models, sgd_jobs
+from benchmarks import models, step_jobs
 from benchmarks.job import Call, Job
 
 Way = Callable[[list[Tensor], float, float], Call]
@@ -173,13 +173,13 @@ class PenaltyJob(Job):
 class InTheStep(Job):
     """What the same penalty costs where the optimizer has it: each way is a job of a step."""
 
-    ways: Mapping[str, sgd_jobs.Job]
+    ways: Mapping[str, step_jobs.Job]
 
     def setup(self, name: str, start: list[Tensor]) -> tuple[Call, list[Tensor]]:
-        return self.ways[name].setup(sgd_jobs.OURS, start)
+        return self.ways[name].setup(step_jobs.OURS, start)
 
     def error(self, name: str, shapes: models.Shapes, dtype: torch.dtype, device: str = "cpu") -> float:
-        return self.ways[name].error(sgd_jobs.OURS, shapes, dtype, device)
+        return self.ways[name].error(step_jobs.OURS, shapes, dtype, device)
 
 
 PENALTY = PenaltyJob(
@@ -200,9 +200,9 @@ PENALTY = PenaltyJob(
 WITH, WITHOUT = "regfused.SGD, l1 and l2", "regfused.SGD without"
 
 
-def _step(penalizes: bool) -> sgd_jobs.Job:
-    ways = {sgd_jobs.OURS: sgd_jobs.with_regfused}
-    return sgd_jobs.Job("step", "momentum + weight decay", 5, ways, clips=False, penalizes=penalizes)
+def _step(penalizes: bool) -> step_jobs.Job:
+    ways = {step_jobs.OURS: step_jobs.with_regfused}
+    return step_jobs.Job("step", "momentum + weight decay", 5, ways, clips=False, penalizes=penalizes)
 
 
 IN_THE_STEP = InTheStep(

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import launches as counts
 from benchmarks import report
 from benchmarks.cuda_timing import CLIP, DROPOUT, PENALTY, ratio
-from benchmarks.sgd_jobs import CLIP_FUSED, JOBS, OURS, SEED_LOOP
+from benchmarks.step_jobs import CLIP_FUSED, JOBS, OURS, SEED_LOOP
 
 COPY_SHARE = 0.90
 LARGE = ("gpt2_124m", "flat_400m")  # at least 100 million parameters

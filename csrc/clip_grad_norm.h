@@ -6,7 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include "norm_rule.h"
+#include "rule/norm_rule.h"
 
 namespace regfused {
 

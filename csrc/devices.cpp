@@ -3,13 +3,13 @@
 
 #include "cpu/dropout_drive.h"
 #include "cpu/foreach_drive.h"
-#include "cpu/sgd_drive.h"
+#include "cpu/step_drive.h"
 #include "cpu/slice_drive.h"
 #if defined(REGFUSED_CUDA)
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
-#include "cuda/sgd_drive.h"
-#include "cuda/sgd_launch.h"
+#include "cuda/step_drive.h"
+#include "cuda/step_launch.h"
 #include "cuda/slice_drive.h"
 #endif
 
@@ -32,9 +32,9 @@ bool has_kernels(c10::Device device) { return device.is_cpu() || device.is_cuda(
 
 const char* where_kernels_run() { return "on the CPU or a CUDA device"; }
 
-std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) {
-  if (device.is_cuda()) return std::make_unique<SgdOnCuda>(device);
-  return std::make_unique<SgdOnCpu>();
+std::unique_ptr<StepDevice> make_step_device(c10::Device device) {
+  if (device.is_cuda()) return std::make_unique<StepOnCuda>(device);
+  return std::make_unique<StepOnCpu>();
 }
 
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
@@ -52,7 +52,7 @@ void shrink_slices(c10::Device device, const std::vector<SliceTensor>& tensors) 
   shrink_slices_on_cpu(tensors);
 }
 
-std::string cuda_built() { return sgd_cuda_built(); }
+std::string cuda_built() { return step_cuda_built(); }
 
 #else
 
@@ -60,7 +60,7 @@ bool has_kernels(c10::Device device) { return device.is_cpu(); }
 
 const char* where_kernels_run() { return "on the CPU"; }
 
-std::unique_ptr<SgdDevice> make_sgd_device(c10::Device) { return std::make_unique<SgdOnCpu>(); }
+std::unique_ptr<StepDevice> make_step_device(c10::Device) { return std::make_unique<StepOnCpu>(); }
 
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device) { return std::make_unique<ForeachOnCpu>(); }
 void run_dropout(const DropoutJob& job, c10::Device) { dropout_on_cpu(job); }

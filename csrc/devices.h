@@ -9,7 +9,7 @@
 
 #include "dropout_job.h"
 #include "foreach_drive.h"
-#include "sgd_drive.h"
+#include "step_drive.h"
 #include "slice_step.h"
 
 namespace regfused {
@@ -26,7 +26,7 @@ const char* where_kernels_run();
 // number from its memory would make the host wait.
 bool is_asynchronous(c10::Device device);
 
-std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device);
+std::unique_ptr<StepDevice> make_step_device(c10::Device device);
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device);
 
 void run_dropout(const DropoutJob& job, c10::Device device);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "chunk.h"
-#include "norm_rule.h"
+#include "rule/norm_rule.h"
 
 namespace regfused {
 

@@ -9,7 +9,7 @@
 #include "dropout_ops.h"
 #include "penalty_ops.h"
 #include "python_values.h"
-#include "sgd_plan.h"
+#include "step_plan.h"
 #include "sources.h"
 #include "tensor_check.h"
 #include "watch.h"
@@ -61,19 +61,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("takes", &takes);
   m.def("in_functional_transform", &in_functional_transform);
   m.def("is_watched", &is_watched);
-  py::class_<SgdPlan>(m, "SgdPlan")
+  py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<py::function>(), py::arg("check"))
-      .def("step", &SgdPlan::step)
-      .def("norm", &SgdPlan::norm)
-      .def("judge", &SgdPlan::judge)
-      .def("update", &SgdPlan::update)
-      .def("release", &SgdPlan::release)
-      .def_property_readonly("tensors", &SgdPlan::tensors)
-      .def_property_readonly("needs_norm", &SgdPlan::needs_norm)
-      .def_property_readonly("outcome", &SgdPlan::outcome)
-      .def_readonly("leftover", &SgdPlan::leftover)
-      .def("numbers", &SgdPlan::numbers)
-      .def_property_readonly("clip_coef", &SgdPlan::clip_coef);
+      .def("step", &StepPlan::step)
+      .def("norm", &StepPlan::norm)
+      .def("judge", &StepPlan::judge)
+      .def("update", &StepPlan::update)
+      .def("release", &StepPlan::release)
+      .def_property_readonly("tensors", &StepPlan::tensors)
+      .def_property_readonly("needs_norm", &StepPlan::needs_norm)
+      .def_property_readonly("outcome", &StepPlan::outcome)
+      .def_readonly("leftover", &StepPlan::leftover)
+      .def("numbers", &StepPlan::numbers)
+      .def_property_readonly("clip_coef", &StepPlan::clip_coef);
 }
 
 }  // namespace regfused

@@ -6,7 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "slice_rule.h"
+#include "rule/slice_rule.h"
 
 namespace regfused {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "chunk.h"
-#include "slice_rule.h"
+#include "rule/slice_rule.h"
 
 namespace regfused {
 

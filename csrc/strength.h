@@ -3,7 +3,7 @@
 
 #include <c10/core/ScalarType.h>
 
-#include "strength_rule.h"
+#include "rule/strength_rule.h"
 
 namespace regfused {
 

@@ -25,7 +25,7 @@ _OFFERS = {
         "TORCH_VERSION",
         "SOURCES",
         "CUDA",
-        "SgdPlan",
+        "StepPlan",
         "build_info",
         "clip_grad_norm",
         "dropout",
@@ -34,7 +34,7 @@ _OFFERS = {
         "penalty",
         "takes",
     ),
-    "SgdPlan": (
+    "StepPlan": (
         "clip_coef",
         "judge",
         "leftover",

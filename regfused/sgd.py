@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from regfused import extension, options, reference
-from regfused.reference import sgd_step
+from regfused.reference import step
 from regfused.tracing import value_is_known, values_are_known
 
 
@@ -126,7 +126,7 @@ class SGD(reference.SGD):
             return super()._step()
         plan = self.__dict__.get("_plan")
         if plan is None:
-            plan = self._plan = self._last.counting = extension.C.SgdPlan(_check)
+            plan = self._plan = self._last.counting = extension.C.StepPlan(_check)
         grad_scale = self.__dict__.get("grad_scale")
         if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
             last = self._last
@@ -146,14 +146,14 @@ class SGD(reference.SGD):
         options.check_momentum_buffers("SGD.step", self.param_groups, self.state)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             params = [(g, i, self.param_groups[g], param) for g, i, param in plan.leftover]
-            entries = sgd_step.collect(params, grad_scale, "SGD.step", self.state)
+            entries = step.collect(params, grad_scale, "SGD.step", self.state)
             grad_norm = math.nan
             if plan.needs_norm:
-                grad_norm = float(sgd_step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
+                grad_norm = float(step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
             if not plan.judge(grad_norm):
                 self._last.by_kernels(plan, plan.outcome)
                 return
-            update = sgd_step.Update(entries, self.state, plan.clip_coef)
+            update = step.Update(entries, self.state, plan.clip_coef)
             update.record.judged = False
             update.commit(plan.update)
             self._last.by_kernels(plan, plan.outcome, update.record)

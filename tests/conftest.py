@@ -42,7 +42,7 @@ if hypothesis:
 if OTHER_DEVICE:
     torch.set_default_device(OTHER_DEVICE)
 
-from sgd_cases import ON_CUDA_KERNELS  # noqa: E402
+from step_cases import ON_CUDA_KERNELS  # noqa: E402
 
 import regfused  # noqa: E402
 from regfused import extension  # noqa: E402

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from sgd_cases import EMULATED, ON_CUDA_KERNELS
+from step_cases import EMULATED, ON_CUDA_KERNELS
 
 needs_cuda_kernels = pytest.mark.skipif(
     not ON_CUDA_KERNELS, reason="no CUDA kernels: python -m tests.emulated_cuda runs this"

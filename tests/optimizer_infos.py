@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from sgd_cases import DEVICE
+from step_cases import DEVICE
 
 import regfused
 from regfused import reference

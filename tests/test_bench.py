@@ -18,11 +18,11 @@ pytest.importorskip("typer")
 pytest.importorskip("numpy")
 
 import regfused
-from benchmarks import clip_jobs, cpu_targets, dropout_jobs, models, penalty_jobs, sgd_jobs
+from benchmarks import clip_jobs, cpu_targets, dropout_jobs, models, penalty_jobs, step_jobs
 
 ROOT = Path(__file__).parents[1]
 JOBS = {
-    "sgd": sgd_jobs.JOBS,
+    "sgd": step_jobs.JOBS,
     "penalty": penalty_jobs.JOBS,
     "clip": clip_jobs.JOBS,
     "dropout": dropout_jobs.JOBS,

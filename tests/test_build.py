@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sgd_cases import OTHER_EXTENSION
+from step_cases import OTHER_EXTENSION
 
 import regfused
 from regfused import extension
@@ -128,7 +128,7 @@ def test_a_stale_compiled_part(tmp_path):
     source.write_text(source.read_text().replace('"judge",', '"judge", "of_tomorrow",'))
     run = _import_copy(tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "it was built from other sources of regfused: it has no SgdPlan.of_tomorrow" in run.stdout
+    assert "it was built from other sources of regfused: it has no StepPlan.of_tomorrow" in run.stdout
     assert "regfused runs in pure PyTorch" in run.stderr and "setup.py build_ext --inplace" in run.stderr
 
 
@@ -167,7 +167,7 @@ def test_python_asks_for_nothing_that_is_not_checked():
         used |= set(re.findall(r"\bC\.([A-Za-z_]+)", path.read_text()))
     assert used - {"__file__"} <= set(extension._OFFERS[""])
     plan = set(re.findall(r"\bplan\.([a-z_]+)", (Path(regfused.__file__).parent / "sgd.py").read_text()))
-    assert plan | {"numbers"} == set(extension._OFFERS["SgdPlan"])
+    assert plan | {"numbers"} == set(extension._OFFERS["StepPlan"])
 
 
 def test_a_source_distribution_holds_all_sources(tmp_path):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from sgd_cases import DTYPES, SIZES
+from step_cases import DTYPES, SIZES
 from torch import nn
 from watchers import TRACERS, Called, Dispatched
 

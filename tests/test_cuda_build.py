@@ -28,11 +28,11 @@ REGISTERS = {
         **{f"dropout_kernel<{storage}>": 64 for storage in ("float", "__nv_bfloat16", "__half")},
         "dropout_kernel<double>": 64,
     },
-    "sgd_launch.cu": {
-        **{f"sgd_norm_kernel<{room}, false>": 64 for room in ROOMS},
-        **{f"sgd_step_kernel<{room}, false>": 64 for room in ROOMS},
-        **{f"sgd_norm_kernel<{room}, true>": 128 for room in ROOMS},
-        **{f"sgd_step_kernel<{room}, true>": 128 for room in ROOMS},
+    "step_launch.cu": {
+        **{f"step_norm_kernel<{room}, false>": 64 for room in ROOMS},
+        **{f"step_kernel<{room}, false>": 64 for room in ROOMS},
+        **{f"step_norm_kernel<{room}, true>": 128 for room in ROOMS},
+        **{f"step_kernel<{room}, true>": 128 for room in ROOMS},
         **{f"upload_kernel<{room}>": 64 for room in ROOMS},
     },
     "slice_launch.cu": {
@@ -54,9 +54,9 @@ WIDE = {
     "dropout_launch.cu": {
         f"dropout_kernel<{storage}>": (4, 4) for storage in ("float", "double", "__nv_bfloat16", "__half")
     },
-    "sgd_launch.cu": {
-        **{f"sgd_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
-        **{f"sgd_step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
+    "step_launch.cu": {
+        **{f"step_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
+        **{f"step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
     },
     # Segments and tiles, of float32, bfloat16 and float16; sums may be taken once more in double.
     "slice_launch.cu": {
@@ -79,7 +79,7 @@ def demangled(text: str) -> str:
 
 
 def short(name: str) -> str:
-    """`void regfused::(anonymous namespace)::sgd_norm_kernel<4096ul, true>(...)` -> `sgd_norm_kernel<4096, true>`"""
+    """`void regfused::(anonymous namespace)::step_norm_kernel<4096ul, true>(...)` -> `step_norm_kernel<4096, true>`"""
     found = re.search(r"\w+_kernel\b(<.*?>)?(?=\(|$)", name)
     assert found, name
     return re.sub(r"(\d)ul", r"\1", found[0]).replace("regfused::", "")
@@ -128,7 +128,7 @@ def test_accesses_are_16_bytes_wide(file, tmp_path):
 def test_kernels_link_without_torch(tmp_path):
     library = tmp_path / "kernels.so"
     nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", *CUDA.glob("*.cu"), "-o", library)
-    room = ctypes.CDLL(str(library))["_ZN8regfused17sgd_room_for_eachEv"]
+    room = ctypes.CDLL(str(library))["_ZN8regfused17step_room_for_eachEv"]
     room.restype = ctypes.c_size_t
     assert 3000 < room() < 32764
 
@@ -136,7 +136,7 @@ def test_kernels_link_without_torch(tmp_path):
 def test_kernel_files_have_no_torch_header():
     free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*_job.h"), *CUDA.glob("*_launch.h")]
     free += [CUDA / "limits.h", CUDA / "number.h", *(ROOT / "csrc").glob("*_rule.h")]
-    names = ("chunk.h", "dropout_job.h", "foreach.h", "portable.h", "sgd_step.h", "slice_cut.h", "slice_step.h")
+    names = ("chunk.h", "dropout_job.h", "foreach.h", "portable.h", "step.h", "slice_cut.h", "slice_step.h")
     free += [ROOT / "csrc" / name for name in names]
     assert len(free) >= 15
     for path in free:
@@ -162,7 +162,7 @@ def unchecked_calls(code: str) -> list[str]:
 def test_each_call_of_the_runtime_is_checked():
     for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.cpp")]:
         assert unchecked_calls(path.read_text()) == [], path.name
-    assert unchecked_calls("  launch_sgd(pass, job);") and unchecked_calls("kernel<<<1, 2>>>();")
+    assert unchecked_calls("  launch_step(pass, job);") and unchecked_calls("kernel<<<1, 2>>>();")
     launches = sum(path.read_text().count("cudaLaunchKernelEx(") for path in CUDA.iterdir())
     assert launches == 1, "all launches go through one function"
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from sgd_cases import DTYPES, ON_CUDA_KERNELS, OPTIONS, give_grads, make_params, with_defaults
+from step_cases import DTYPES, ON_CUDA_KERNELS, OPTIONS, give_grads, make_params, with_defaults
 
 import regfused
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_runs import Graph
-from sgd_cases import DEVICE, DTYPES, EMULATED, ON_CUDA_KERNELS
+from step_cases import DEVICE, DTYPES, EMULATED, ON_CUDA_KERNELS
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_runs import Graph, bits, emulated_only, emulator, needs_cuda_kernels, run_again
-from sgd_cases import DTYPES, EMULATED
+from step_cases import DTYPES, EMULATED
 
 import regfused
 from regfused import reference

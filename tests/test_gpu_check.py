@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import cuda_timing, gpu_check, launches, penalty_jobs, sanitizer, sanitizer_run, stage, suite, targets
-from benchmarks.sgd_jobs import JOBS, OURS
+from benchmarks.step_jobs import JOBS, OURS
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of regfused; a missing or doubled term moves more
@@ -100,7 +100,7 @@ def test_all_tests_of_kernels_run_on_the_device():
     """But for those that do not depend on the device, and those that have a stage of their own."""
     assert gpu_check.DEVICE_TESTS[0] == "tests"
     ignored = {option.removeprefix("--ignore=tests/") for option in gpu_check.DEVICE_TESTS[1:]}
-    elsewhere = {"bench", "build", "demo", "determinism", "gpu_check", "guarantees", "sgd_atomic", "sgd_gpu"}
+    elsewhere = {"bench", "build", "demo", "determinism", "gpu_check", "guarantees", "step_atomic", "step_gpu"}
     assert ignored == {f"test_{name}.py" for name in elsewhere}
     assert all((ROOT / "tests" / name).exists() for name in ignored)
 
@@ -208,8 +208,8 @@ TRACE = [
     event("cuda_runtime", "cudaMemcpyAsync", 130),
     event("cuda_runtime", "cudaStreamSynchronize", 140),
     event("cuda_runtime", "cudaDeviceSynchronize", 200),
-    event("kernel", "void regfused::(anonymous namespace)::sgd_norm<float, 4>(regfused::Table)", 115, 2.0),
-    event("kernel", "void regfused::sgd_step<float>(Table)", 160, 4.0),
+    event("kernel", "void regfused::(anonymous namespace)::step_norm<float, 4>(regfused::Table)", 115, 2.0),
+    event("kernel", "void regfused::step_update<float>(Table)", 160, 4.0),
     event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 135),
 ]
 
@@ -226,7 +226,7 @@ def test_calls_are_counted_inside_of_the_region_and_kernels_wherever_they_end():
         "allocations": 0,
         "torch operations": 0,
     }
-    assert [launches.short(name) for name in counted["by kernel"]] == ["sgd_norm<float, 4>", "sgd_step<float>"]
+    assert [launches.short(name) for name in counted["by kernel"]] == ["step_norm<float, 4>", "step_update<float>"]
     assert [kernel["mean us"] for kernel in counted["by kernel"].values()] == [2.0, 4.0]
 
 
@@ -267,7 +267,7 @@ def test_building_blocks_are_judged_by_their_own_kernels():
 
 MEMCHECK = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
-=========     at void regfused::<unnamed>::sgd_step<float>(Table)+0x160
+=========     at void regfused::<unnamed>::step_update<float>(Table)+0x160
 =========     by thread (3,0,0) in block (0,0,0)
 =========     Address 0x7f0 is out of bounds
 =========
@@ -277,8 +277,8 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 2 errors
 """
 RACECHECK = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at void regfused::sgd_norm<float>(Table)+0x90
-=========     and Read access at void regfused::sgd_norm<float>(Table)+0x110 [12 hazards]
+========= Error: Race reported between Write access at void regfused::step_norm<float>(Table)+0x90
+=========     and Read access at void regfused::step_norm<float>(Table)+0x110 [12 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sgd_cases import (
+from step_cases import (
     DEVICE,
     DTYPES,
     ON_CUDA_KERNELS,

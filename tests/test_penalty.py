@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sgd_cases import DEVICE, DTYPES, EMULATED, SIZES
+from step_cases import DEVICE, DTYPES, EMULATED, SIZES
 from torch import nn
 
 import regfused

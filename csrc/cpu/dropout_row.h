@@ -1,7 +1,7 @@
 // The random bits of a row of elements, for one instruction set.
 #pragma once
 
-#include "../dropout_rule.h"
+#include "../rule/dropout_rule.h"
 #include "vector.h"
 
 namespace regfused {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../foreach.h"
-#include "../penalty_rule.h"
+#include "../rule/penalty_rule.h"
 #include "lanes.h"
 
 namespace regfused {

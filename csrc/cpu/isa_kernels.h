@@ -4,7 +4,7 @@
 #include "dropout_kernel.h"
 #include "foreach_kernel.h"
 #include "kernels.h"
-#include "sgd_kernel.h"
+#include "step_kernel.h"
 #include "slice_kernel.h"
 
 namespace regfused {
@@ -13,7 +13,7 @@ inline namespace REGFUSED_ISA {
 const Kernels* kernels() {
 #define REGFUSED_NAME_OF(isa) #isa
 #define REGFUSED_NAME(isa) REGFUSED_NAME_OF(isa)
-  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kSgdKernels, kForeachKernels, kDropoutKernel,
+  static const Kernels table = {REGFUSED_NAME(REGFUSED_ISA), kStepKernels, kForeachKernels, kDropoutKernel,
                                 kSliceKernels};
   return &table;
 }

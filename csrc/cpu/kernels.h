@@ -3,14 +3,14 @@
 
 #include "../dropout_job.h"
 #include "../foreach.h"
-#include "../sgd_step.h"
+#include "../step.h"
 #include "../slice_step.h"
 
 namespace regfused {
 
 struct Kernels {
   const char* isa;
-  SgdKernels sgd;
+  StepKernels step;
   ForeachKernels foreach;
   DropoutKernel dropout;
   SliceKernels slice;

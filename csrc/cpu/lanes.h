@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "../chunk.h"
-#include "../norm_rule.h"
+#include "../rule/norm_rule.h"
 #include "vector.h"
 
 namespace regfused {

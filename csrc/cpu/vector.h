@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "../philox_rule.h"
-#include "../portable.h"
+#include "../rule/philox_rule.h"
+#include "../rule/portable.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {

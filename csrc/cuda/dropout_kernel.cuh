@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dropout_job.h"
-#include "../dropout_rule.h"
+#include "../rule/dropout_rule.h"
 #include "limits.h"
 #include "memory.cuh"
 

@@ -1,7 +1,7 @@
 // Passes over a list of tensors on a CUDA device.
 #pragma once
 
-#include "../penalty_rule.h"
+#include "../rule/penalty_rule.h"
 #include "foreach_job.h"
 #include "memory.cuh"
 #include "norm.cuh"

@@ -11,7 +11,7 @@ namespace regfused {
 
 namespace {
 
-// 64 registers for a thread, as those of the step have: see sgd_launch.cu.
+// 64 registers for a thread, as those of the step have: see step_launch.cu.
 constexpr int kBlocksPerMultiprocessor = 4;
 
 template <size_t kBytes, ForeachPass kPass>

@@ -3,7 +3,7 @@
 
 #include <cfloat>
 
-#include "../norm_rule.h"
+#include "../rule/norm_rule.h"
 #include "block.cuh"
 
 namespace regfused {

@@ -1,7 +1,7 @@
 // Numbers among the arguments of a kernel. No torch and no CUDA in here.
 #pragma once
 
-#include "../strength_rule.h"
+#include "../rule/strength_rule.h"
 
 namespace regfused {
 

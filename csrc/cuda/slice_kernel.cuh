@@ -4,7 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "../norm_rule.h"
+#include "../rule/norm_rule.h"
 #include "block.cuh"
 #include "memory.cuh"
 #include "slice_job.h"

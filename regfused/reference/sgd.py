@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from regfused import checkpoint, options
-from regfused.reference import sgd_step
+from regfused.reference import step
 from regfused.stats import LastStep, Stats
 from regfused.tracing import values_are_known
 
@@ -217,10 +217,10 @@ class SGD(torch.optim.SGD):
         params = (
             (g, i, group, param) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])
         )
-        entries = sgd_step.collect(params, grad_scale, operation, self.state)
+        entries = step.collect(params, grad_scale, operation, self.state)
         first = self.param_groups[0]
-        grad_norm = sgd_step.norm(entries, float(first["norm_type"])) if sgd_step.needs_norm(first) else None
-        clip_coef = None if grad_norm is None else sgd_step.clip_coefficient(first["max_norm"], grad_norm)
+        grad_norm = step.norm(entries, float(first["norm_type"])) if step.needs_norm(first) else None
+        clip_coef = None if grad_norm is None else step.clip_coefficient(first["max_norm"], grad_norm)
         if known:
             # The one place where the host waits for a device, and only under these policies.
             if grad_norm is not None and first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
@@ -228,7 +228,7 @@ class SGD(torch.optim.SGD):
                     raise RuntimeError(_nonfinite(operation, grad_norm.item()))
                 self._last.skip(grad_norm)
                 return
-            update = sgd_step.Update(entries, self.state, clip_coef)
+            update = step.Update(entries, self.state, clip_coef)
             record = replace(update.record, grad_norm=None if grad_norm is None else grad_norm.detach())
             update.commit()
             self._last.by_reference(record)
@@ -238,7 +238,7 @@ class SGD(torch.optim.SGD):
     def _step_unseen(
         self,
         operation: str,
-        entries: list[sgd_step.Entry],
+        entries: list[step.Entry],
         grad_norm: Tensor | None,
         clip_coef: Tensor | None,
         found_inf: Tensor | None,
@@ -257,7 +257,7 @@ class SGD(torch.optim.SGD):
                 clip_coef = torch.where(finite, 1.0 if clip_coef is None else clip_coef, 0.0)
             else:
                 torch._assert_async(finite if overflows is None else finite | overflows, _nonfinite(operation, "not"))
-        record = sgd_step.update_in_turn(entries, self.state, clip_coef, happens)
+        record = step.update_in_turn(entries, self.state, clip_coef, happens)
         self._last.by_reference(replace(record, grad_norm=grad_norm))
         if happens is not None:
             self._last.skipped = self._last.skipped + (~happens).to(torch.float64)

@@ -4,7 +4,7 @@
 
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
-#include "cuda/sgd_drive.h"
+#include "cuda/step_drive.h"
 #include "cuda/slice_drive.h"
 #include "cuda/stream.h"
 #include "devices.h"
@@ -24,7 +24,7 @@ c10::Device kernel_device(const at::Tensor& tensor) {
   return c10::Device(c10::kCUDA, second ? 1 : 0);
 }
 
-std::unique_ptr<SgdDevice> make_sgd_device(c10::Device device) { return std::make_unique<SgdOnCuda>(device); }
+std::unique_ptr<StepDevice> make_step_device(c10::Device device) { return std::make_unique<StepOnCuda>(device); }
 
 std::unique_ptr<ForeachDevice> make_foreach_device(c10::Device device) {
   return std::make_unique<ForeachOnCuda>(device);

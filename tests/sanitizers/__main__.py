@@ -24,12 +24,12 @@ from tests import compiled
 from tests.sanitizers import build
 
 # What CPU kernels have to pass, and what stands between Python and them.
-TESTS = ("test_sgd_*.py", "test_penalty.py", "test_clip_grad_norm.py", "test_dropout.py", "test_max_norm.py")
+TESTS = ("test_step_*.py", "test_penalty.py", "test_clip_grad_norm.py", "test_dropout.py", "test_max_norm.py")
 LEFT_OUT = (
-    *("test_sgd_cuda", "test_sgd_gpu"),  # all of it would be skipped
-    "test_sgd_contract",  # what torch asks of Python; too long for what it runs of the kernels
+    *("test_step_cuda", "test_step_gpu"),  # all of it would be skipped
+    "test_step_contract",  # what torch asks of Python; too long for what it runs of the kernels
     *("fsdp2", "in_the_rules"),  # these run processes that have other code
-    "(test_sgd_parity and same_bits)",  # the program does that in less time
+    "(test_step_parity and same_bits)",  # the program does that in less time
 )
 
 ADDRESS = "AddressSanitizer, UBSan"

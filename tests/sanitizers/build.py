@@ -19,7 +19,7 @@ KERNELS = [*sorted((CSRC / "cpu").glob("isa_*.cpp")), HERE / "planted.cpp"]
 DRIVERS = [
     *sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path not in KERNELS),
     CSRC / "devices.cpp",
-    CSRC / "sgd_drive.cpp",
+    CSRC / "step_drive.cpp",
 ]
 CHECKS = [HERE / "program.cpp", *sorted(HERE.glob("check_*.cpp"))]
 # Beside the kernels, of the extension.

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "array.h"
-#include "slice_rule.h"
+#include "rule/slice_rule.h"
 
 namespace regfused {
 
@@ -43,7 +43,7 @@ void scale_slices(std::vector<double>& w, const SliceLayout& layout, const F& fa
 }
 
 // Each runs its passes on one thread and on four, which must agree bit for bit, and against a loop.
-void check_sgd();
+void check_step();
 void check_foreach();
 void check_max_norm();
 void check_dropout();

@@ -13,10 +13,10 @@ namespace {
 
 struct Step {
   Array param, grad;
-  SgdTensor tensor;
+  StepRow tensor;
   SgdHyper hyper;
-  SgdScalars scalars;
-  SgdPartial partial;
+  StepScalars scalars;
+  StepPartial partial;
 
   explicit Step(int64_t numel)
       : param(parameters(DType::float32, numel, 0)), grad(gradients(DType::float32, numel, 1)) {
@@ -24,7 +24,7 @@ struct Step {
     tensor.grad = grad.data();
     tensor.numel = numel;
   }
-  void run(int32_t size) { choose_kernels()->sgd.step(tensor, {0, size, 0}, hyper, scalars, partial); }
+  void run(int32_t size) { choose_kernels()->step.step(tensor, {0, size, 0}, hyper, scalars, partial); }
 };
 
 // A row of vectors that ends behind the array.
@@ -46,7 +46,7 @@ void uninitialised_gradient() {
   const Array grad(DType::float32, 64);
   step.tensor.grad = grad.data();
   step.scalars.norm_type = NormType::inf;
-  choose_kernels()->sgd.norm(step.tensor, {0, 64, 0}, step.hyper, step.scalars, step.partial);
+  choose_kernels()->step.norm(step.tensor, {0, 64, 0}, step.hyper, step.scalars, step.partial);
 }
 
 void no_bool() {

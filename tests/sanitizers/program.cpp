@@ -73,7 +73,7 @@ void check(const char* name, void (*all)()) {
 }
 
 int check_all() {
-  check("sgd", check_sgd);
+  check("step", check_step);
   check("foreach", check_foreach);
   check("max norm", check_max_norm);
   check("dropout", check_dropout);

@@ -1,0 +1,41 @@
+// Runs the two passes of an SGD step over a flat list of chunks, in parallel, on the CPU.
+#pragma once
+
+#include <vector>
+
+#include "../step_drive.h"
+#include "chunks.h"
+#include "slice_drive.h"
+
+namespace regfused {
+
+class StepOnCpu : public StepDevice {
+ public:
+  void cut(const StepWork& work, int8_t index) override;
+  void begin(const StepWork&) override {}
+  // The same bits for any number of threads.
+  void measure(const StepWork& work, const StepScalars& scalars) override;
+  double measured(const StepScalars& scalars) override;
+  std::pair<int64_t, int64_t> first_nonfinite() const override;
+  // Cannot fail.
+  void step(const StepWork& work, const StepScalars& scalars) override;
+  StepTotals totals() const override { return totals_; }
+
+ private:
+  template <class Pass>
+  void run(const StepWork& work, Pass pass);
+
+  int64_t shrink_chunk(const SliceTensor& slices, const Chunk& chunk, int64_t zeros) const;
+  void shrink_others(const StepWork& work);
+
+  StepKernels kernels_ = {};
+  SliceKernels slice_kernels_ = {};
+  Chunks chunks_;
+  std::vector<StepPartial> partials_;
+  // Tensors whose slices do not fit chunks: rows of StepWork::tensors, in the order of others_.
+  std::vector<size_t> other_rows_;
+  SlicesOnCpu others_;
+  StepTotals totals_;
+};
+
+}  // namespace regfused

@@ -1,0 +1,94 @@
+// What the host tells the kernels of an SGD step on a CUDA device. No torch and no CUDA in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../step.h"
+#include "limits.h"
+#include "number.h"
+
+namespace regfused {
+
+// What of a tensor stays the same from step to step; a table in the memory of the device.
+struct StepDeviceRow {
+  void* param;
+  void* momentum_buffer;
+  int32_t group;
+  DType dtype;
+};
+
+// What may differ in each step, group by group and tensor by tensor. It goes along with the
+// arguments of the kernels: nothing to upload, and right in a CUDA graph.
+struct StepDeviceGroup {
+  SgdHyper hyper;
+  DeviceNumber lr;  // counts instead of hyper.lr
+
+  REGFUSED_RULE SgdHyper read() const {
+    SgdHyper now = hyper;
+    now.lr = lr.get();
+    return now;
+  }
+};
+
+// The address of a gradient, 0 for none. Elements are two bytes or more, so the lowest bit is free:
+// it says whether this is the first gradient of the parameter.
+struct StepGrad {
+  char* tagged = nullptr;
+
+  StepGrad() = default;
+  StepGrad(void* grad, bool first) : tagged(static_cast<char*>(grad) + (first ? 1 : 0)) {}
+
+  REGFUSED_RULE bool is_none() const { return tagged == nullptr; }
+  REGFUSED_RULE bool first() const { return reinterpret_cast<uintptr_t>(tagged) & 1; }
+  REGFUSED_RULE void* grad() const { return tagged - first(); }
+};
+
+// Behind the numbers of an StepRecord: whether the last step was skipped, for kernels that follow.
+constexpr int kStepSkipped = kRecordSize;
+constexpr int kDeviceRecordSize = kRecordSize + 1;
+
+// One step over the tensors of one device. Pointers are to the memory of the device.
+//
+// Chunks are dealt out in spans of `span` consecutive ones. A span is worked on by one block and
+// adds up to one partial norm, whatever the grid: the norm has the same bits on every grid.
+struct StepJob {
+  const StepDeviceRow* tensors = nullptr;
+  const Chunk* chunks = nullptr;
+  int32_t chunk_count = 0;
+  int32_t span = 1;
+  int32_t span_count = 0;
+  int32_t group_count = 0;
+
+  double* partials = nullptr;        // one for each span: what the norm kernel found
+  const double* gathered = nullptr;  // partials of all devices; null: the step needs no norm, or the host has judged it
+  int32_t gathered_count = 0;
+  double* sums = nullptr;    // penalty, then exact zeros, one of each for each span
+  double* record = nullptr;  // kDeviceRecordSize
+
+  // StepDeviceGroup[group_count], then an StepGrad for each tensor. Null: they stand behind the job, in the arguments.
+  const unsigned char* each = nullptr;
+
+  DeviceNumber grad_scale;
+  DeviceNumber found_inf;  // other than 0: the step is skipped
+  double clip_coef = 1;    // where the host has judged
+  double max_norm = 0;
+  double numel = 0;  // elements that this step updates
+  NormType norm_type = NormType::two;
+  bool judges = false;  // the device does, not the host
+  bool clips = false;
+  bool skip_nonfinite = false;
+  bool counts_skips = false;
+  bool write_unscaled_grad = false;
+};
+
+template <size_t kBytes>
+struct StepArguments {
+  static constexpr size_t kRoom = (kBytes - sizeof(StepJob)) / 16 * 16;
+  StepJob job;
+  alignas(8) unsigned char each[kRoom];
+};
+static_assert(sizeof(StepArguments<kSmallArguments>) <= kSmallArguments);
+static_assert(sizeof(StepArguments<kLargeArguments>) <= kLargeArguments);
+
+}  // namespace regfused

@@ -1,0 +1,271 @@
+// What an optimizer keeps between steps: what is known, and when it no longer holds.
+#include "step_plan.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <unordered_map>
+
+#include "devices.h"
+#include "python_values.h"
+#include "slice_check.h"
+#include "tensor_check.h"
+
+namespace regfused {
+
+namespace {
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = interned("momentum_buffer");
+  return key;
+}
+
+// Whether the kernels can step with this momentum buffer; one of another layout or type is copied first.
+bool buffer_fits(PyObject* object, const at::Tensor& param) {
+  if (!is_tensor(object) || !is_plain(object)) return false;
+  const at::Tensor& buffer = THPVariable_Unpack(object);
+  return buffer.layout() == at::kStrided && buffer.device() == param.device() && buffer.is_floating_point() &&
+         buffer.sizes() == param.sizes();
+}
+
+}  // namespace
+
+StepPlan::StepPlan(py::function check) : check_(std::move(check)) {}
+
+bool StepPlan::needs_norm() const {
+  return !groups_.empty() && (groups_.front().clips || groups_.front().nonfinite != StepGroup::Nonfinite::propagate);
+}
+
+// Whether groups, parameters and state have the addresses that they had when the plan was made. What is there now is
+// for collect to see.
+bool StepPlan::is_known() {
+  if (groups_.empty() || static_cast<size_t>(PyList_GET_SIZE(param_groups_.ptr())) != groups_.size()) return false;
+  size_t p = 0;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* dict = PyList_GET_ITEM(param_groups_.ptr(), static_cast<Py_ssize_t>(g));
+    if (!PyDict_Check(dict)) return false;
+    groups_[g].hold(dict);
+    PyObject* list = groups_[g].params.ptr();
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
+    if (size != groups_[g].size) return false;
+    for (Py_ssize_t i = 0; i < size; ++i, ++p) {
+      PyObject* object = PySequence_Fast_GET_ITEM(list, i);
+      if (p == params_.size() || object != known_[p].param) return false;
+    }
+  }
+  if (p != params_.size()) return false;
+  // The state, in its own order: no hashing, no lookup.
+  if (static_cast<size_t>(PyDict_Size(state_.ptr())) != entries_.size()) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (size_t e = 0; PyDict_Next(state_.ptr(), &position, &key, &value); ++e) {
+    if (key != entries_[e].key || !PyDict_Check(value)) return false;
+    PyObject* buffer = lookup(value, momentum_buffer_key());
+    if (buffer != entries_[e].buffer) return false;
+  }
+  return true;
+}
+
+void StepPlan::remember_state() {
+  entries_.clear();
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
+    PyObject* buffer = PyDict_Check(value) ? lookup(value, momentum_buffer_key()) : nullptr;
+    entries_.push_back({key, buffer});
+  }
+}
+
+void StepPlan::forget() {
+  groups_.clear();
+  params_.clear();
+  known_.clear();
+  entries_.clear();
+  driver_.tensors.clear();
+  driver_.groups.clear();
+  driver_.lr.clear();
+  grads_.clear();
+  relaid_grads_.clear();
+  pending_.clear();
+}
+
+void StepPlan::release() {
+  is_open_ = false;
+  grads_.clear();
+  relaid_grads_.clear();
+  pending_.clear();
+  driver_.grad_scale = driver_.found_inf = at::Tensor();
+  for (at::Tensor& lr : driver_.lr) lr = at::Tensor();
+  for (StepGroup& group : groups_) group.release();
+  if (!leftover.empty()) leftover = py::list();
+  held_.clear();
+  param_groups_ = state_ = py::object();
+}
+
+// For the rest of a step in which other Python code may run, and let go of what the step works on.
+void StepPlan::hold_all() {
+  for (const Known& known : known_) {
+    held_.push_back(py::reinterpret_borrow<py::object>(known.param));
+    if (known.buffer) held_.push_back(py::reinterpret_borrow<py::object>(known.buffer));
+  }
+}
+
+void StepPlan::build() {
+  forget();
+  try {
+    list_params();
+    read_options();
+    check_group_dims();
+    remember_state();
+    plan_rows();
+    driver_.cut();
+  } catch (...) {
+    forget();  // half a plan must not be taken for a known one
+    throw;
+  }
+}
+
+void StepPlan::list_params() {
+  for (const py::handle dict : param_groups_) {
+    TORCH_CHECK_TYPE(PyDict_Check(dict.ptr()), "regfused.SGD.step: param_groups must hold dictionaries");
+    const size_t g = groups_.size();
+    StepGroup group;
+    group.hold(dict.ptr());
+    PyObject* list = group.params.ptr();
+    group.size = PySequence_Fast_GET_SIZE(list);
+    for (Py_ssize_t i = 0; i < group.size; ++i) {
+      PyObject* object = PySequence_Fast_GET_ITEM(list, i);
+      TORCH_CHECK_TYPE(is_tensor(object), "regfused.SGD.step: parameter ", i, " of group ", g,
+                       " must be a tensor, but is a ", Py_TYPE(object)->tp_name);
+      Param param;
+      param.group = static_cast<int32_t>(g);
+      param.index = static_cast<int32_t>(i);
+      params_.push_back(std::move(param));
+      known_.push_back({object, Py_TYPE(object)});
+    }
+    groups_.push_back(std::move(group));
+  }
+  driver_.groups.resize(groups_.size());
+  driver_.lr.resize(groups_.size());
+}
+
+// Every parameter must have the slices that its group asks for.
+void StepPlan::check_group_dims() const {
+  for (size_t p = 0; p < params_.size(); ++p) {
+    const StepGroup& group = groups_[params_[p].group];
+    if (group.hyper.group_l1 != 0 && !has_slices(tensor_of(p), group.group_dim)) complain();
+  }
+}
+
+// Rows of the driver's table for the parameters that the kernels take.
+void StepPlan::plan_rows() {
+  std::unordered_map<PyObject*, PyObject*> buffer_by_key;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(state_.ptr(), &position, &key, &value))
+    if (!PyDict_Check(value)) check_(param_groups_, state_);
+  for (const StateEntry& entry : entries_)
+    if (entry.buffer && entry.buffer != Py_None) buffer_by_key.emplace(entry.key, entry.buffer);
+  for (size_t p = 0; p < params_.size(); ++p) {
+    const auto found = buffer_by_key.find(known_[p].param);
+    plan_row(p, found == buffer_by_key.end() ? nullptr : found->second);
+  }
+
+  std::vector<MemoryRange> memory;
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (params_[p].row >= 0) memory.push_back(memory_of(tensor_of(p)));
+  if (any_overlap(memory)) {
+    // One parameter listed twice, or two that share memory: the order of updates has a meaning
+    // then, which parallel chunks do not keep. The reference does.
+    for (const StepGroup& group : groups_)
+      TORCH_CHECK(!group.demanded,
+                  "regfused.SGD.step: fused=True demands parameters that share no memory, but two of them do");
+    for (Param& param : params_) param.row = -1;
+    driver_.tensors.clear();
+    return;
+  }
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (params_[p].row >= 0 && known_[p].buffer && !params_[p].relay_buffer) memory.push_back(memory_of(buffer_of(p)));
+  TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
+                    "regfused.SGD.step: a momentum_buffer must share no memory with a parameter or another ",
+                    "momentum_buffer, but one does");
+}
+
+void StepPlan::plan_row(size_t p, PyObject* buffer_object) {
+  Param& param = params_[p];
+  const at::Tensor& tensor = tensor_of(p);
+  if (!groups_[param.group].kernels || !is_plain(known_[p].param) || !why_not_fused(tensor).empty()) return;
+  if (buffer_object) {
+    if (!buffer_fits(buffer_object, tensor)) {
+      // Python raises, or knows the buffer as one of the reference's, such as a sparse one.
+      check_(param_groups_, state_);
+      return;
+    }
+    known_[p].buffer = buffer_object;
+    known_[p].buffer_type = Py_TYPE(buffer_object);
+    const at::Tensor& buffer = buffer_of(p);
+    param.relay_buffer =
+        !same_layout(buffer, tensor) || buffer.scalar_type() != tensor.scalar_type() || buffer.is_neg();
+    param.buffer_keys = buffer.key_set();
+    param.buffer_dtype = buffer.scalar_type();
+    param.buffer_memory = buffer.data_ptr();
+  }
+  param.row = static_cast<int32_t>(driver_.tensors.size());
+  param.keys = tensor.key_set();
+  param.dtype = tensor.scalar_type();
+  if (!tensor.is_contiguous()) param.strides = tensor.strides().vec();
+  StepRow row;
+  row.param = tensor.data_ptr();
+  row.numel = tensor.numel();
+  row.group = param.group;
+  row.device = driver_.index_of(kernel_device(tensor));
+  row.dtype = dtype_of(tensor);
+  if (const StepGroup& group = groups_[param.group]; group.hyper.group_l1 != 0) {
+    row.slices = slices_along(tensor, group.group_dim);
+    param.sizes = tensor.sizes().vec();
+  }
+  driver_.tensors.push_back(row);
+}
+
+// Reads the options of all groups. False where a group went over to the reference, or back, or where it
+// has other slices: then the plan must be built again.
+bool StepPlan::read_options() {
+  std::vector<bool> kernels;
+  bool changed = false, slices_hold = true;
+  for (StepGroup& group : groups_) {
+    kernels.push_back(group.kernels);
+    const bool had_slices = group.hyper.group_l1 != 0;
+    const int64_t group_dim = group.group_dim;
+    const StepGroup::Read read = group.read();
+    if (read == StepGroup::Read::odd) complain();
+    changed |= read == StepGroup::Read::changed;
+    const bool has_slices = group.hyper.group_l1 != 0;
+    slices_hold &= has_slices == had_slices && (!has_slices || group.group_dim == group_dim);
+  }
+  if (!changed) return true;
+  const StepGroup& first = groups_.front();
+  const bool fused_norm = first.norm_type == 1 || first.norm_type == 2 || first.norm_type == INFINITY;
+  for (StepGroup& group : groups_) {
+    if (!group.agrees(first)) complain();
+    TORCH_CHECK(fused_norm || !group.demanded, "regfused.SGD.step: fused=True demands norm_type 1, 2 or inf, but got ",
+                group.norm_type);
+    group.kernels &= fused_norm;
+  }
+  scalars_.norm_type = first.norm_type == 1 ? NormType::one : first.norm_type == 2 ? NormType::two : NormType::inf;
+  bool routes_hold = slices_hold;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    driver_.groups[g] = groups_[g].hyper;
+    driver_.lr[g] = groups_[g].device_lr;
+    routes_hold &= groups_[g].kernels == kernels[g];
+  }
+  return routes_hold;
+}
+
+// Something is not as it must be; Python's check says what.
+void StepPlan::complain() const {
+  check_(param_groups_, state_);
+  TORCH_INTERNAL_ASSERT(false, "regfused: an option is refused by the plan, but passes the check in Python");
+}
+
+}  // namespace regfused

@@ -1,0 +1,173 @@
+// What an optimizer keeps between steps, so that Python pays the same for one tensor as for a
+// thousand: which parameters the kernels take, their memory, their momentum buffers, the chunks.
+//
+// A step is collect -> norm -> update. Collecting checks everything and changes nothing, the norm
+// pass reads, and the update commits fresh state and then runs what cannot fail.
+//
+// Between steps a plan owns none of Python's objects: what Python lets go of is free at once. It knows
+// addresses of objects, and what was found of each; whether that still holds is looked up at each step,
+// for another tensor may have come to an address. So it does not matter which tensor is there, if its memory,
+// type and layout are those that the plan was made for.
+//
+// The host judges the norm, or, where all tensors are on CUDA devices, the devices do: then the host
+// waits for nothing. It has to be the host that judges where it must raise (nonfinite="error"), where
+// the reference takes part, and where a step may be skipped that would make fresh state.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include "step_drive.h"
+#include "step_group.h"
+
+namespace regfused {
+
+namespace py = pybind11;
+
+class StepPlan {
+ public:
+  // check(param_groups, state) raises for every hyperparameter and momentum buffer that is not as
+  // it must be; it holds the messages, this class only notices that something is odd.
+  explicit StepPlan(py::function check);
+
+  // The whole step. False where tensors are left to the reference: then nothing has changed yet,
+  // `leftover` holds (group index, index in the group, parameter), and the caller goes on with norm(), judge()
+  // and update(), and calls release() whatever happens.
+  bool step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf);
+
+  // Whether the step as a whole needs its norm before anything can be updated.
+  bool needs_norm() const;
+  // The norm over the tensors here.
+  double norm();
+  // Forms the clip coefficient of the norm over all tensors of the step (NaN unless needs_norm).
+  // False: the step is skipped, and nothing changes.
+  bool judge(double norm);
+  // Updates the tensors here, and then writes what the reference made of the others: each source into
+  // its target, added where it is sparse, under the caller's autograd mode. No Python runs in between (but
+  // that of tensor subclasses), so that no signal can come between two tensors.
+  void update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources);
+  // Lets go of everything that a step holds. A step that comes to its end does it itself.
+  void release();
+  // (grad_norm, clip_coef, penalty, zeros, numel, skipped) of the last step, of the tensors here; grad_norm is None
+  // where nothing asked for it. penalty, zeros and numel are of the last step that was not skipped, skipped counts all
+  // steps so far that left no trace. Floats; 0-dim tensors where a device has the numbers.
+  py::tuple numbers() const;
+  // How many tensors the kernels take.
+  size_t tensors() const { return driver_.tensors.size(); }
+
+  // What became of the last step: "stepped" (or left to the devices to judge), "overflow" or "nonfinite": skipped.
+  const char* outcome() const { return outcome_; }
+
+  py::list leftover;
+  double clip_coef() const { return scalars_.clip_coef; }
+
+ private:
+  // Addresses of a parameter and its momentum buffer (or null), and their types. What is there may be read only
+  // within a step, which holds it.
+  struct Known {
+    PyObject* param = nullptr;
+    PyTypeObject* type = nullptr;
+    PyObject* buffer = nullptr;
+    PyTypeObject* buffer_type = nullptr;
+  };
+  struct Param {
+    int32_t group = 0;
+    int32_t index = 0;         // within its group
+    int32_t row = -1;          // in driver_.tensors, or -1: left to the reference
+    c10::DispatchKeySet keys;  // as they were when the parameter was found eligible
+    at::ScalarType dtype = at::kFloat;
+    std::vector<int64_t> strides;  // empty: contiguous
+    std::vector<int64_t> sizes;    // where they matter: the group lasso has slices
+    bool relay_buffer = false;     // the buffer has another layout or type: to be copied into the parameter's
+    void* buffer_memory = nullptr;
+    c10::DispatchKeySet buffer_keys;
+    at::ScalarType buffer_dtype = at::kFloat;
+  };
+  // An item of the state in the order of the dictionary: addresses, none of them owned.
+  struct StateEntry {
+    PyObject* key = nullptr;
+    PyObject* buffer = nullptr;
+  };
+  // A buffer that becomes state once the step is certain to happen, and what was there before.
+  struct Pending {
+    size_t param;
+    at::Tensor buffer;
+    py::object previous = {};
+    bool fresh_entry = false;
+  };
+
+  // What is known: step_plan.cpp.
+  bool is_known();
+  void build();
+  void list_params();
+  void check_group_dims() const;
+  void plan_rows();
+  void plan_row(size_t p, PyObject* buffer);
+  void remember_state();
+  bool read_options();
+  [[noreturn]] void complain() const;
+  void forget();
+  void hold_all();
+
+  // One step: step_plan_run.cpp.
+  bool is_same(size_t p) const;
+  const at::Tensor& tensor_of(size_t p) const;
+  const at::Tensor& buffer_of(size_t p) const;
+  std::string name_of(const Param& param) const;
+  bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
+  bool is_unchanged_buffer(size_t p, const at::Tensor& tensor) const;
+  bool collect();
+  bool collect_usual(size_t p);
+  bool collect_closely(size_t p);
+  std::string why_left(size_t p, const at::Tensor& tensor, const at::Tensor& grad) const;
+  void collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad);
+  void collect_buffer(size_t p, const at::Tensor& tensor);
+  void check_open() const;
+  double norm_pass();
+  void update_pass();
+  const char* why_host_judges() const;
+  void let_devices_judge();
+  bool let_host_judge(py::handle grad_scale, py::handle found_inf);
+  template <class Update>
+  void run(Update update);
+  void finish_update();
+  [[noreturn]] void raise_nonfinite(double norm) const;
+  void commit();
+  void commit_buffer(Pending& pending);
+  void roll_back(size_t count);
+  void bump_versions();
+
+  py::function check_;
+  std::vector<StepGroup> groups_;
+  std::vector<Param> params_;
+  std::vector<Known> known_;  // one for each of params_
+  std::vector<StateEntry> entries_;
+  StepDriver driver_;
+  StepScalars scalars_;
+  bool busy_ = false;
+  bool is_open_ = false;  // a step is left to Python between collect and update
+
+  // Of the last step, as the host knows them. Where the devices judged, they have the norm and the coefficient.
+  const char* outcome_ = "stepped";
+  bool devices_judged_ = false;
+  bool measured_ = false;  // whether something needed a norm: measuring it would take a pass
+  double grad_norm_ = NAN;
+  double clip_coef_ = 1;
+  StepTotals totals_;
+  int64_t skipped_ = 0;
+
+  // Of one step, until its end.
+  py::object param_groups_, state_;
+  std::vector<py::object> held_;  // see hold_all
+  double judged_norm_ = NAN;
+  std::vector<at::Tensor> grads_;                                // one for each of params_
+  std::vector<std::pair<at::Tensor, at::Tensor>> relaid_grads_;  // the gradient, its copy
+  std::vector<Pending> pending_;
+};
+
+}  // namespace regfused

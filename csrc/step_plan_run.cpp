@@ -1,0 +1,505 @@
+// One step of a plan: collect, norm, update, commit. See step_plan.h.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <utility>
+
+#include "cpu/parallel.h"
+#include "devices.h"
+#include "python_values.h"
+#include "step_plan.h"
+#include "tensor_check.h"
+
+namespace regfused {
+
+namespace {
+
+// Fewer tensors than this are looked at faster by one thread.
+constexpr int64_t kTensorsPerThread = 128;
+
+// Not Tensor::grad(), which warns where the tensor is no leaf.
+const at::Tensor& grad_of(const at::Tensor& tensor) { return std::as_const(*tensor.unsafeGetTensorImpl()).grad(); }
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = interned("momentum_buffer");
+  return key;
+}
+
+// Autograd, and anybody who saved the tensor for backward, must see that it changed.
+void bump_version(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+// One thread at a time: a second one would find half a step.
+class Entered {
+ public:
+  explicit Entered(bool& busy) : busy_(busy) {
+    TORCH_CHECK(!busy, "regfused.SGD.step: one step at a time, but another thread is inside a step of this optimizer");
+    busy_ = true;
+  }
+  ~Entered() { busy_ = false; }
+
+ private:
+  bool& busy_;
+};
+
+// Whether this process has another thread that runs Python code where this one lets it.
+bool has_other_python_threads() {
+  const PyThreadState* first = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
+  return PyThreadState_Next(const_cast<PyThreadState*>(first)) != nullptr;
+}
+
+// Where a step ends, and where it is left by an exception, it lets go of all that it holds.
+class Released {
+ public:
+  explicit Released(StepPlan& plan) : plan_(&plan) {}
+  ~Released() {
+    if (plan_) plan_->release();
+  }
+  void goes_on() { plan_ = nullptr; }
+
+ private:
+  StepPlan* plan_;
+};
+
+}  // namespace
+
+const at::Tensor& StepPlan::tensor_of(size_t p) const { return THPVariable_Unpack(known_[p].param); }
+const at::Tensor& StepPlan::buffer_of(size_t p) const { return THPVariable_Unpack(known_[p].buffer); }
+
+bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf) {
+  Entered entered(busy_);
+  if (!number_on_device(found_inf.ptr()).defined() && !found_inf.is_none() && number(found_inf.ptr()) != 0) {
+    ++skipped_;
+    outcome_ = "overflow";
+    return true;
+  }
+  c10::AutoGradMode no_grad(false);
+  is_open_ = false;
+  Released released(*this);
+  param_groups_ = std::move(param_groups);
+  state_ = std::move(state);
+  if (!is_known() || !read_options()) build();
+  scalars_.write_unscaled_grad = !grad_scale.is_none();
+  driver_.grad_scale = number_on_device(grad_scale.ptr());
+  driver_.found_inf = number_on_device(found_inf.ptr());
+  scalars_.grad_scale = grad_scale.is_none() || driver_.grad_scale.defined() ? 1 : number(grad_scale.ptr());
+  if (!collect()) {
+    build();
+    TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
+  }
+  // Making buffers may start the garbage collector, and with it anything; so may what is left to Python.
+  if (!pending_.empty() || !leftover.empty() || has_other_python_threads()) hold_all();
+  driver_.find_live();
+  const char* why_host = why_host_judges();
+  TORCH_CHECK(!why_host || !driver_.is_capturing(),
+              "regfused.SGD.step: a step in a CUDA graph must not need the host, but ", why_host);
+  driver_.begin();
+  if (!why_host) {
+    let_devices_judge();
+    return true;
+  }
+  if (!let_host_judge(grad_scale, found_inf)) return true;
+  if (!leftover.empty()) {
+    released.goes_on();
+    is_open_ = true;
+    return false;
+  }
+  if (judge(needs_norm() ? norm_pass() : NAN)) update_pass();
+  return true;
+}
+
+// Why the devices cannot take this step by themselves, or null.
+const char* StepPlan::why_host_judges() const {
+  if (!driver_.can_leave_host()) return "a tensor is not on a CUDA device, or none has a gradient";
+  if (!leftover.empty()) return "the reference has to step a tensor that the kernels do not take";
+  if (groups_.front().nonfinite == StepGroup::Nonfinite::error) return "nonfinite='error' may raise";
+  const bool may_skip = driver_.found_inf.defined() || groups_.front().nonfinite == StepGroup::Nonfinite::skip;
+  if (!pending_.empty() && (may_skip || driver_.is_capturing()))
+    return "a momentum_buffer has to be made (take a step before the capture)";
+  return nullptr;
+}
+
+// What the host has to know where it judges. False: the step is skipped.
+bool StepPlan::let_host_judge(py::handle grad_scale, py::handle found_inf) {
+  if (driver_.found_inf.defined() && number(found_inf.ptr()) != 0) {
+    ++skipped_;
+    outcome_ = "overflow";
+    return false;
+  }
+  if (driver_.grad_scale.defined()) scalars_.grad_scale = number(grad_scale.ptr());
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (!groups_[g].device_lr.defined()) continue;
+    if (!groups_[g].read_lr()) complain();
+    driver_.groups[g].lr = groups_[g].hyper.lr;
+  }
+  driver_.grad_scale = driver_.found_inf = at::Tensor();
+  for (at::Tensor& lr : driver_.lr) lr = at::Tensor();
+  return true;
+}
+
+// The whole step on the devices: nothing comes back.
+void StepPlan::let_devices_judge() {
+  const StepGroup& first = groups_.front();
+  scalars_.clips = first.clips;
+  scalars_.max_norm = first.max_norm;
+  scalars_.skip_nonfinite = first.nonfinite == StepGroup::Nonfinite::skip;
+  driver_.measure_without_host(scalars_, needs_norm());
+  commit();
+  run([&] { driver_.step_without_host(scalars_); });
+  devices_judged_ = true;
+  finish_update();
+}
+
+// The update itself. A CUDA device may refuse a launch: then what was committed is taken back.
+template <class Update>
+void StepPlan::run(Update update) {
+  bump_versions();  // first: what was collected is still in the caches
+  try {
+    py::gil_scoped_release others_may_run;
+    update();
+  } catch (...) {
+    roll_back(pending_.size());
+    throw;
+  }
+}
+
+// Another thread may have taken a whole step since this one was left to Python.
+void StepPlan::check_open() const {
+  TORCH_CHECK(is_open_, "regfused.SGD.step: one step at a time, but another thread began a step of this optimizer");
+}
+
+double StepPlan::norm() {
+  Entered entered(busy_);
+  check_open();
+  return norm_pass();
+}
+
+void StepPlan::update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources) {
+  Entered entered(busy_);
+  check_open();
+  {
+    c10::AutoGradMode no_grad(false);
+    update_pass();
+  }
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (sources[i].layout() == at::kStrided)
+      targets[i].copy_(sources[i]);
+    else
+      targets[i].add_(sources[i]);
+  }
+}
+
+py::tuple StepPlan::numbers() const {
+  std::array<py::object, kRecordSize> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
+                                             py::float_(totals_.penalty), py::float_(totals_.zeros),
+                                             py::float_(totals_.numel),   py::float_(double(skipped_))};
+  const std::vector<at::Tensor> of_devices = driver_.numbers();
+  if (!of_devices.empty()) {
+    const at::Device home = of_devices.front().device();
+    for (int i = devices_judged_ ? 0 : kPenalty; i < kRecordSize; ++i) {
+      at::Tensor number = of_devices.front().select(0, i);
+      if (i >= kPenalty) {
+        for (size_t d = 1; d < of_devices.size(); ++d)
+          number = number.add(of_devices[d].select(0, i).to(home, /*non_blocking=*/true));
+        number = number.add(py::cast<double>(all[i]));
+      }
+      all[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(number));
+    }
+  }
+  if (!measured_) all[kGradNorm] = py::none();
+  return py::make_tuple(all[0], all[1], all[2], all[3], all[4], all[5]);
+}
+
+double StepPlan::norm_pass() {
+  py::gil_scoped_release others_may_run;
+  return norm_finish(scalars_.norm_type, driver_.norm(scalars_));
+}
+
+// --- Collect: everything is checked, nothing is changed ------------------------------------------
+
+std::string StepPlan::name_of(const Param& param) const {
+  std::string name = c10::str("parameter ", param.index, " of group ", param.group);
+  PyObject* names = PyDict_GetItemString(groups_[param.group].dict.ptr(), "param_names");
+  if (names && PyList_Check(names) && param.index < PyList_GET_SIZE(names))
+    name += c10::str(" (", py::str(PyList_GET_ITEM(names, param.index)).cast<std::string>(), ")");
+  return name;
+}
+
+// Whether there is a tensor of the known class at the address of a parameter: another object may have come to it.
+bool StepPlan::is_same(size_t p) const {
+  return Py_TYPE(known_[p].param) == known_[p].type && is_tensor(known_[p].param);
+}
+
+// Cheap: whether the parameter is what it was when it was found eligible.
+bool StepPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
+  const StepRow& row = driver_.tensors[param.row];
+  if (tensor.data_ptr() != row.param || tensor.numel() != row.numel || tensor.scalar_type() != param.dtype ||
+      tensor.key_set() != param.keys)
+    return false;
+  if (!param.sizes.empty() && tensor.sizes() != at::IntArrayRef(param.sizes)) return false;
+  return param.strides.empty() ? tensor.is_contiguous() : tensor.strides() == at::IntArrayRef(param.strides);
+}
+
+// Cheap: whether the buffer is the one that was found to fit, with the same memory.
+bool StepPlan::is_unchanged_buffer(size_t p, const at::Tensor& tensor) const {
+  const Param& param = params_[p];
+  if (!is_tensor(known_[p].buffer) || Py_TYPE(known_[p].buffer) != known_[p].buffer_type) return false;
+  const at::Tensor& buffer = buffer_of(p);
+  return buffer.key_set() == param.buffer_keys && buffer.scalar_type() == param.buffer_dtype &&
+         buffer.data_ptr() == param.buffer_memory && buffer.sizes() == tensor.sizes() &&
+         (param.relay_buffer || same_layout(buffer, tensor));
+}
+
+// Gradients and buffers of this step. False where a tensor is not the one that was planned for.
+bool StepPlan::collect() {
+  grads_.assign(params_.size(), at::Tensor());
+  relaid_grads_.clear();
+  pending_.clear();
+  if (!leftover.empty()) leftover = py::list();
+  std::atomic<bool> usual = true;
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end && usual; ++p)
+      if (!collect_usual(p)) usual = false;
+  });
+  if (usual) return true;
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (!collect_closely(p)) return false;
+  return true;
+}
+
+// The usual case, which needs no word to Python and no memory: a plain gradient in the layout of
+// its parameter, and a momentum buffer that is there. False: to be looked at closely.
+bool StepPlan::collect_usual(size_t p) {
+  const Param& param = params_[p];
+  if (!is_same(p)) return false;
+  const at::Tensor& tensor = tensor_of(p);
+  const at::Tensor& grad = grad_of(tensor);
+  if (param.row < 0) return !grad.defined();
+  StepRow& row = driver_.tensors[param.row];
+  row.grad = nullptr;
+  if (!grad.defined()) return true;
+  if (!is_unchanged(param, tensor) || grad.key_set() != param.keys || grad.scalar_type() != param.dtype ||
+      grad.device() != tensor.device() || !same_layout(grad, tensor))
+    return false;
+  row.first = false;
+  row.momentum_buffer = nullptr;
+  if (driver_.groups[param.group].momentum != 0) {
+    if (!known_[p].buffer || param.relay_buffer || !is_unchanged_buffer(p, tensor)) return false;
+    row.momentum_buffer = param.buffer_memory;
+  }
+  row.grad = grad.data_ptr();
+  grads_[p] = grad;
+  return true;
+}
+
+bool StepPlan::collect_closely(size_t p) {
+  const Param& param = params_[p];
+  if (!is_same(p)) return false;
+  const at::Tensor& tensor = tensor_of(p);
+  const at::Tensor& grad = grad_of(tensor);
+  if (param.row >= 0) driver_.tensors[param.row].grad = nullptr;
+  if (!grad.defined()) return true;
+  if (param.row >= 0 && !is_unchanged(param, tensor)) return false;
+  const std::string why = why_left(p, tensor, grad);
+  if (!why.empty()) {
+    // The words in front are torch's.
+    TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: `fused=True` requires all the params to be ",
+                "floating point Tensors for its kernels: fused=True demands dense, strided float32, float64, bfloat16 ",
+                "or float16 tensors ", where_kernels_run(), " that share no memory, but ", name_of(param), " ", why);
+    leftover.append(py::make_tuple(param.group, param.index, py::handle(known_[p].param)));
+    return true;
+  }
+  collect_gradient(p, tensor, grad);
+  StepRow& row = driver_.tensors[param.row];
+  row.first = false;
+  row.momentum_buffer = nullptr;
+  if (driver_.groups[param.group].momentum == 0) return true;
+  if (known_[p].buffer && !is_unchanged_buffer(p, tensor)) return false;
+  collect_buffer(p, tensor);
+  return true;
+}
+
+// Why the reference has to step this tensor, or an empty string. Raises for gradients that fit nowhere.
+std::string StepPlan::why_left(size_t p, const at::Tensor& tensor, const at::Tensor& grad) const {
+  const Param& param = params_[p];
+  if (param.row < 0) {
+    std::string why = why_not_fused(tensor);
+    if (!why.empty()) return why;
+    return is_plain(known_[p].param) ? "is not for the kernels" : "is a tensor subclass";
+  }
+  if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.device() == tensor.device() &&
+      grad.sizes() == tensor.sizes())
+    return "";
+  TORCH_CHECK(grad.device() == tensor.device(),
+              "regfused.SGD.step: a gradient must be on the device of its parameter, ", "but ", name_of(param),
+              " is on ", tensor.device(), " and its gradient on ", grad.device());
+  TORCH_CHECK(grad.sizes() == tensor.sizes(),
+              "regfused.SGD.step: a gradient must have the shape of its parameter, but ", name_of(param), " has ",
+              tensor.sizes(), " and its gradient ", grad.sizes());
+  if (grad.layout() != at::kStrided) return c10::str("has a gradient of layout ", grad.layout());
+  if (grad.unsafeGetTensorImpl()->is_python_dispatch()) return "has a gradient that is a tensor subclass";
+  if (grad.scalar_type() != param.dtype) return c10::str("has a gradient of dtype ", grad.scalar_type());
+  return "";
+}
+
+// A gradient that pairs other elements than its parameter is brought into the parameter's layout.
+void StepPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Tensor& grad) {
+  grads_[p] = grad;
+  if (!same_layout(grad, tensor) || grad.is_neg()) {
+    if (scalars_.write_unscaled_grad) {
+      const bool writable = at::has_internal_overlap(grad) != at::MemOverlap::Yes &&
+                            (!grad.is_inference() || c10::InferenceMode::is_enabled());
+      TORCH_CHECK(writable, "regfused.SGD.step: with grad_scale a step writes the unscaled gradients, but that of ",
+                  name_of(params_[p]),
+                  grad.is_inference() ? " is an inference tensor" : " has elements that share memory");
+    }
+    grads_[p] = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+    grads_[p].copy_(grad);
+    relaid_grads_.emplace_back(grad, grads_[p]);
+  }
+  driver_.tensors[params_[p].row].grad = grads_[p].data_ptr();
+}
+
+// The momentum buffer of one parameter; a missing one is allocated, not yet committed.
+void StepPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
+  const Param& param = params_[p];
+  StepRow& row = driver_.tensors[param.row];
+  const bool has_buffer = known_[p].buffer != nullptr;
+  row.first = !has_buffer;
+  if (has_buffer && !param.relay_buffer) {
+    row.momentum_buffer = param.buffer_memory;
+    return;
+  }
+  at::Tensor buffer = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+  if (has_buffer)
+    buffer.copy_(buffer_of(p));
+  else
+    buffer.zero_();
+  row.momentum_buffer = buffer.data_ptr();
+  pending_.push_back({p, std::move(buffer)});
+}
+
+// --- Update ------------------------------------------------------------------------------------------
+
+void StepPlan::update_pass() {
+  commit();
+  run([&] { driver_.step(scalars_); });
+  devices_judged_ = false;
+  grad_norm_ = judged_norm_;
+  clip_coef_ = scalars_.clip_coef;
+  finish_update();
+}
+
+void StepPlan::finish_update() {
+  totals_ = driver_.totals();
+  outcome_ = "stepped";
+  measured_ = needs_norm();
+  if (scalars_.write_unscaled_grad)
+    for (const auto& [grad, copy] : relaid_grads_) grad.copy_(copy);
+}
+
+bool StepPlan::judge(double norm) {
+  judged_norm_ = norm;
+  scalars_.clip_coef = 1;
+  if (!needs_norm()) return true;
+  const StepGroup& group = groups_.front();
+  if (!std::isfinite(norm) && group.nonfinite == StepGroup::Nonfinite::error) raise_nonfinite(norm);
+  if (!std::isfinite(norm) && group.nonfinite == StepGroup::Nonfinite::skip) {
+    devices_judged_ = false;
+    measured_ = true;
+    grad_norm_ = norm;
+    clip_coef_ = 0;
+    outcome_ = "nonfinite";
+    ++skipped_;
+    return false;
+  }
+  if (group.clips) scalars_.clip_coef = clip_coefficient(group.max_norm, norm);
+  return true;
+}
+
+void StepPlan::raise_nonfinite(double norm) const {
+  // A device reports a range of rows where small tensors share one partial norm.
+  const auto [first, last] = driver_.first_nonfinite();
+  std::string where;
+  for (const Param& param : params_) {
+    if (first >= 0 && param.row == first) where = "; first in " + name_of(param);
+    if (first != last && param.row == last) where += " or in a later one up to " + name_of(param);
+  }
+  TORCH_CHECK(false, "regfused.SGD.step: nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
+}
+
+void StepPlan::bump_versions() {
+  parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Param& param = params_[p];
+      if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
+      bump_version(tensor_of(p));
+      if (driver_.tensors[param.row].momentum_buffer) bump_version(buffer_of(p));
+      if (scalars_.write_unscaled_grad) bump_version(grads_[p]);
+    }
+  });
+}
+
+// Fresh buffers become state. Hashing a tensor runs Python code, so this can be interrupted: then
+// the state is as it was.
+void StepPlan::commit() {
+  if (pending_.empty()) return;
+  size_t done = 0;
+  try {
+    for (; done < pending_.size(); ++done) commit_buffer(pending_[done]);
+    remember_state();
+  } catch (...) {
+    roll_back(done);
+    throw;
+  }
+}
+
+void StepPlan::commit_buffer(Pending& pending) {
+  Param& param = params_[pending.param];
+  Known& known = known_[pending.param];
+  auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(pending.buffer));
+  if (!buffer) throw py::error_already_set();
+  py::object fresh;
+  PyObject* entry = lookup(state_.ptr(), known.param);
+  if (!entry) {
+    fresh = py::dict();
+    entry = fresh.ptr();
+  }
+  pending.fresh_entry = static_cast<bool>(fresh);
+  pending.previous = py::reinterpret_borrow<py::object>(lookup(entry, momentum_buffer_key()));
+  if (PyDict_SetItem(entry, momentum_buffer_key(), buffer.ptr()) != 0) throw py::error_already_set();
+  if (fresh && PyDict_SetItem(state_.ptr(), known.param, entry) != 0) throw py::error_already_set();
+  param.buffer_memory = pending.buffer.data_ptr();
+  param.buffer_keys = pending.buffer.key_set();
+  param.buffer_dtype = param.dtype;
+  param.relay_buffer = false;
+  known.buffer = buffer.ptr();
+  known.buffer_type = Py_TYPE(buffer.ptr());
+  held_.push_back(std::move(buffer));
+}
+
+void StepPlan::roll_back(size_t count) {
+  py::error_scope raised;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = known_[pending_[i].param].param;
+    if (pending_[i].fresh_entry) {
+      PyDict_DelItem(state_.ptr(), object);
+    } else if (PyObject* entry = PyDict_GetItemWithError(state_.ptr(), object)) {
+      if (pending_[i].previous)
+        PyDict_SetItem(entry, momentum_buffer_key(), pending_[i].previous.ptr());
+      else
+        PyDict_DelItem(entry, momentum_buffer_key());
+    }
+    PyErr_Clear();
+  }
+  forget();
+}
+
+}  // namespace regfused

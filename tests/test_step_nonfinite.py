@@ -1,0 +1,123 @@
+"""Gradients that are not finite, and AMP."""
+
+import copy
+
+import pytest
+import torch
+from step_cases import BOTH, DEVICE, assert_params_equal, copy_params, give_grads, make_params, share_grads
+
+import regfused
+
+
+@BOTH
+@pytest.mark.parametrize("bad", (float("inf"), float("-inf"), float("nan")))
+@pytest.mark.parametrize("clip", ({}, {"max_norm": 1.0}), ids=("", "clip"))
+@pytest.mark.parametrize("where", (0, 16384, -1))
+def test_nonfinite_skip(make, bad, clip, where):
+    params = make_params([10, 20_000])
+    optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1, nonfinite="skip", **clip)
+    before = copy_params(params)
+    versions = [p._version for p in params]
+    give_grads(params)
+    params[1].grad[where] = bad
+    optimizer.step()
+    assert_params_equal(params, before)
+    assert not optimizer.state and optimizer.stats.skipped == 1 and [p._version for p in params] == versions
+    give_grads(params)
+    optimizer.step()
+    assert optimizer.stats.skipped == 1
+    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    params[0].grad[0] = bad
+    optimizer.step()
+    assert_params_equal(params, before[0])
+    for i, entry in optimizer.state_dict()["state"].items():
+        assert torch.equal(entry["momentum_buffer"], before[1][i]["momentum_buffer"])
+    assert optimizer.stats.skipped == 2 and not optimizer.stats.grad_norm.isfinite()
+
+
+@BOTH
+def test_nonfinite_error(make):
+    params = make_params([10, 20])
+    optimizer = make([("first", params[0]), ("second", params[1])], lr=0.1, momentum=0.9, nonfinite="error")
+    before = copy_params(params)
+    give_grads(params)
+    params[1].grad[3] = float("nan")
+    with pytest.raises(RuntimeError, match="nonfinite='error' demands a finite gradient norm, but it is nan"):
+        optimizer.step()
+    if make is regfused.SGD:
+        with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(second\)"):
+            optimizer.step()
+    assert_params_equal(params, before)
+    assert not optimizer.state
+
+
+@BOTH
+def test_nonfinite_propagates_as_in_torch(make):
+    params = make_params([10, 20])
+    twins = copy_params(params)
+    give_grads(params)
+    params[1].grad[3] = float("nan")
+    share_grads(params, twins)
+    torch.nn.utils.clip_grad_norm_(twins, 1.0)
+    torch.optim.SGD(twins, lr=0.1).step()
+    make(params, lr=0.1, max_norm=1.0).step()
+    assert_params_equal(params, twins)
+    assert params[0].isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize("fused", (None, True))
+@pytest.mark.parametrize("scale", (65536.0, 1000.0, 1.0))
+@pytest.mark.parametrize("unscale_first", (False, True))
+def test_grad_scaler(make, fused, scale, unscale_first):
+    torch.manual_seed(1)
+    model = torch.nn.Linear(5, 3)
+    twin = copy.deepcopy(model)
+    ours = make(model.parameters(), lr=0.1, momentum=0.9, max_norm=0.5, fused=fused)
+    loop = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=scale, growth_interval=2)
+    for step in range(6):
+        x = torch.randn(4, 5)
+        overflow = step in (0, 3)
+        ours.zero_grad()
+        loop.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()
+        if overflow:
+            model.weight.grad[0, 0] = float("inf")
+        if unscale_first:
+            scaler.unscale_(ours)
+        scaler.step(ours)
+        scaler.update()
+        assert not hasattr(ours, "grad_scale") and not hasattr(ours, "found_inf")
+        if not overflow:
+            twin(x).square().mean().backward()
+            if fused and not unscale_first:  # torch's contract
+                for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad)
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+            loop.step()
+        assert_params_equal(model.parameters(), twin.parameters(), atol=1e-6)
+
+
+def test_amp_state_is_cleared_when_a_step_raises():
+    params = make_params([5])
+    give_grads(params)
+    optimizer = regfused.SGD(params, lr=0.1, fused=True, nonfinite="error")
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(torch.ones(()))
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(ValueError, match="lr must be a number, but got 'fast'"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def test_unscaled_gradient_is_written_in_its_own_layout():
+    p = torch.nn.Parameter(torch.randn(2, 3, 4, 5))
+    p.grad = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    want, before = p.grad / 4, p.detach().clone()
+    optimizer = regfused.SGD([p], lr=0.1, fused=True, maximize=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(p.grad, want)
+    torch.testing.assert_close(p.detach(), before + 0.1 * want)
