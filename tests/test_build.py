@@ -138,7 +138,7 @@ def test_a_compiled_part_of_older_sources(tmp_path, change):
     _copy_of_the_package(tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "setup.py").touch()
-    rule = tmp_path / "csrc" / "sgd_rule.h"
+    rule = tmp_path / "csrc" / "rule" / "sgd_rule.h"
     # Not compiled: what editors, compilers and people leave there.
     (tmp_path / "csrc" / ".#sgd_rule.h").symlink_to("nowhere")
     (tmp_path / "csrc" / "notes.txt").touch()

@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
+RULES = ROOT / "csrc" / "rule"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # As setup.py has them; warnings are errors here.
@@ -128,20 +129,31 @@ def test_accesses_are_16_bytes_wide(file, tmp_path):
 def test_kernels_link_without_torch(tmp_path):
     library = tmp_path / "kernels.so"
     nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", *CUDA.glob("*.cu"), "-o", library)
-    room = ctypes.CDLL(str(library))["_ZN8regfused17step_room_for_eachEv"]
+    room = ctypes.CDLL(str(library))["_ZN8regfused18step_room_for_eachEv"]
     room.restype = ctypes.c_size_t
     assert 3000 < room() < 32764
 
 
 def test_kernel_files_have_no_torch_header():
     free = [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*_job.h"), *CUDA.glob("*_launch.h")]
-    free += [CUDA / "limits.h", CUDA / "number.h", *(ROOT / "csrc").glob("*_rule.h")]
-    names = ("chunk.h", "dropout_job.h", "foreach.h", "portable.h", "step.h", "slice_cut.h", "slice_step.h")
+    free += [CUDA / "limits.h", CUDA / "number.h", *RULES.iterdir()]
+    names = ("chunk.h", "dropout_job.h", "foreach.h", "step.h", "slice_cut.h", "slice_step.h")
     free += [ROOT / "csrc" / name for name in names]
     assert len(free) >= 15
     for path in free:
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
             assert not header.startswith(("torch", "ATen", "c10", "pybind11")), (path.name, header)
+
+
+def test_formulas_include_neither_torch_nor_cuda():
+    """g++ for each instruction set, nvcc and stand-alone programs compile the same formulas."""
+    files = list(RULES.iterdir())
+    own = {path.name for path in files}
+    standard = {"cmath", "cstddef", "cstdint", "cstring", "type_traits", "utility"}
+    assert len(files) >= 8
+    for path in files:
+        for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
+            assert header in own | standard, (path.name, header)
 
 
 def unchecked_calls(code: str) -> list[str]:

@@ -36,7 +36,9 @@ def test_every_file_about_trust_is_named():
         "process",
         "properties",
     )
-    assert {f"test_step_{name}.py" for name in trust} | {"test_determinism.py", "test_build.py"} <= {f for f, _ in NAMED}
+    assert {f"test_step_{name}.py" for name in trust} | {"test_determinism.py", "test_build.py"} <= {
+        f for f, _ in NAMED
+    }
 
 
 def test_commands_that_are_named_exist():
