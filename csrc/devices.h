@@ -8,8 +8,8 @@
 #include <c10/core/Device.h>
 
 #include "dropout_job.h"
-#include "foreach_drive.h"
-#include "step_drive.h"
+#include "foreach_device.h"
+#include "step_device.h"
 #include "slice_step.h"
 
 namespace regfused {

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../step_drive.h"
+#include "../step_device.h"
 #include "chunks.h"
 #include "slice_drive.h"
 

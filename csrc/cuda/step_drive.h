@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../step_drive.h"
+#include "../step_device.h"
 #include "step_launch.h"
 #include "slice_drive.h"
 
