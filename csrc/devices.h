@@ -9,8 +9,8 @@
 
 #include "dropout_job.h"
 #include "foreach_drive.h"
-#include "step_drive.h"
 #include "slice_step.h"
+#include "step_drive.h"
 
 namespace regfused {
 

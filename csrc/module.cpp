@@ -9,8 +9,8 @@
 #include "dropout_ops.h"
 #include "penalty_ops.h"
 #include "python_values.h"
-#include "step_plan.h"
 #include "sources.h"
+#include "step_plan.h"
 #include "tensor_check.h"
 #include "watch.h"
 

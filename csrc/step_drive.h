@@ -97,7 +97,7 @@ class StepDriver : public StepWork {
   struct Slot {
     c10::Device device;
     std::unique_ptr<StepDevice> kernels;
-    StepAsyncDevice* async;     // the same, or null
+    StepAsyncDevice* async;    // the same, or null
     bool live = false;         // in this step
     bool has_numbers = false;  // of the last step
   };

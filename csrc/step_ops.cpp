@@ -9,8 +9,8 @@
 #include <torch/library.h>
 
 #include "devices.h"
-#include "step_drive.h"
 #include "slice_check.h"
+#include "step_drive.h"
 #include "strength.h"
 #include "tensor_check.h"
 
