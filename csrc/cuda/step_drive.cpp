@@ -221,7 +221,7 @@ StepJob StepOnCuda::job(const StepWork& work, const StepScalars& scalars) const 
 void StepOnCuda::launch(StepPass pass, const StepJob& job, const char* operation) {
   const int blocks = blocks_for(span_count_, pass == StepPass::norm ? resident_norm_ : resident_step_);
   check_cuda(launch_step(pass, job, reinterpret_cast<const unsigned char*>(each_.data()),
-                        each_.size() * sizeof(uint64_t), doubles_, blocks, stream()),
+                         each_.size() * sizeof(uint64_t), doubles_, blocks, stream()),
              operation);
 }
 
@@ -264,7 +264,7 @@ void StepOnCuda::shrink(const StepWork& work) {
 }
 
 void StepOnCuda::judge_and_step(const StepWork& work, const StepScalars& scalars,
-                               const std::vector<at::Tensor>& partials_of_all, bool counts) {
+                                const std::vector<at::Tensor>& partials_of_all, bool counts) {
   const c10::DeviceGuard guard(memory_);
   StepJob judging = job(work, scalars);
   judging.judges = true;

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "../step_device.h"
-#include "step_launch.h"
 #include "slice_drive.h"
+#include "step_launch.h"
 
 namespace regfused {
 
@@ -55,10 +55,10 @@ class StepOnCuda : public StepAsyncDevice {
   std::vector<int32_t> rows_;  // of StepWork::tensors: those on this device
   std::vector<Chunk> chunks_;
   std::vector<StepDeviceRow> table_;  // as uploaded
-  std::vector<uint64_t> each_;          // groups and gradients of this step
-  std::vector<DeviceNumber> lr_;        // of each group
-  std::vector<int32_t> sliced_;         // rows that have a group lasso
-  std::vector<double> measured_;        // partials, where the host judges
+  std::vector<uint64_t> each_;        // groups and gradients of this step
+  std::vector<DeviceNumber> lr_;      // of each group
+  std::vector<int32_t> sliced_;       // rows that have a group lasso
+  std::vector<double> measured_;      // partials, where the host judges
   int32_t span_ = 1, span_count_ = 0;
   double numel_ = 0;  // of the tensors that this step updates
   bool doubles_ = false;

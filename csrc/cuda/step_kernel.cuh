@@ -123,7 +123,7 @@ __device__ __forceinline__ void step_norm(const StepJob& job, const StepEach& ea
         const auto& rules = shared.rules.template get<StepNormRules<T>>(place.rules(), made, [&] {
           const SgdHyper hyper = each.groups[place.tensor.group].read();
           return StepNormRules<T>{StepGradient<T>(hyper, job.grad_scale.get()), StepNormGradient<T>(hyper),
-                                 hyper.penalty_in_norm()};
+                                  hyper.penalty_in_norm()};
         });
         const double share =
             rules.reads_param ? norm_share<S, true>(place, rules, type) : norm_share<S, false>(place, rules, type);
@@ -173,7 +173,7 @@ struct StepSums {
 
 template <class S, bool kMomentum>
 __device__ __forceinline__ StepSums<Arithmetic<S>> step_share(const StepPlace& place,
-                                                             const StepStepRules<Arithmetic<S>>& rules) {
+                                                              const StepStepRules<Arithmetic<S>>& rules) {
   using T = Arithmetic<S>;
   S* __restrict__ params = place.param<S>();
   S* __restrict__ grads = place.grads<S>();
@@ -249,9 +249,9 @@ __device__ __forceinline__ void step_update(const StepJob& job, const StepEach& 
         const auto& rules = shared.rules.template get<StepStepRules<T>>(place.rules(), made, [&] {
           const SgdHyper hyper = each.groups[place.tensor.group].read();
           return StepStepRules<T>{StepGradient<T>(hyper, job.grad_scale.get()),
-                                 SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
-                                 ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0,
-                                 hyper.group_l1 == 0};
+                                  SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
+                                  ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0,
+                                  hyper.group_l1 == 0};
         });
         const StepSums<T> sums =
             place.tensor.momentum_buffer ? step_share<S, true>(place, rules) : step_share<S, false>(place, rules);

@@ -83,7 +83,7 @@ cudaError_t step_resident_blocks(StepPass pass, int device, bool doubles, int& b
 }
 
 cudaError_t launch_step(StepPass pass, const StepJob& job, const unsigned char* each, size_t bytes, bool doubles,
-                       int blocks, cudaStream_t stream) {
+                        int blocks, cudaStream_t stream) {
   // Small arguments where they do: larger ones take the host longer.
   if (job.each || bytes <= StepArguments<kSmallArguments>::kRoom)
     return launch_with(kernel_of<kSmallArguments>(pass, doubles), job, each, bytes, blocks, stream);

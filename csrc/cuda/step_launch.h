@@ -22,7 +22,7 @@ enum class StepPass { norm, step };
 
 // `each`: what goes behind the job, on the host; of no meaning where job.each is set.
 [[nodiscard]] cudaError_t launch_step(StepPass pass, const StepJob& job, const unsigned char* each, size_t bytes,
-                                     bool doubles, int blocks, cudaStream_t stream);
+                                      bool doubles, int blocks, cudaStream_t stream);
 
 // Copies `bytes` (a multiple of 8) from the host to the device inside the arguments of kernels: the
 // host's memory is free again at once, nothing waits, and a CUDA graph keeps what it was given.
