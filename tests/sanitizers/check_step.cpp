@@ -1,5 +1,7 @@
 // The step by each rule, every dtype and size in one list, against the rule's own formula run element by element in
 // double: what vectors, storage types, chunks and threads make of it.
+#include <cstring>
+
 #include "checks.h"
 #include "step_drive.h"
 
@@ -80,6 +82,13 @@ std::vector<Case> cases() {
 // t of a step after the first one: a rule that does not count says 2.
 constexpr double kLaterT = 5;
 
+// A rule that does not count reads nothing of what the slots hold at a first gradient; others read zeros.
+Array fresh_slot(const Case& of, const Array& param) {
+  Array slot(param.dtype(), param.numel());
+  if (info_of(of.rule).counts_steps) std::memset(slot.data(), 0, param.numel() * size_of(param.dtype()));
+  return slot;
+}
+
 Step run(const Case& of, const Tensors& from, bool first) {
   Step step{from, 0, 0};
   StepDriver driver;
@@ -93,7 +102,7 @@ Step run(const Case& of, const Tensors& from, bool first) {
     row.slot_set = static_cast<uint8_t>(of.slot_set());
     for (int slot = 0; slot < kMostSlots; ++slot) {
       if ((row.slot_set >> slot & 1) == 0) continue;
-      if (first) tensor.slots[slot] = Array(tensor.param.dtype(), tensor.param.numel());
+      if (first) tensor.slots[slot] = fresh_slot(of, tensor.param);
       row.slots[slot] = tensor.slots[slot].data();
     }
     row.numel = tensor.param.numel();
