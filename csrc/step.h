@@ -30,6 +30,12 @@ struct StepRow {
   SliceLayout slices;  // of the parameter, along group_dim; where group_l1 != 0
 };
 
+// The address of a gradient for StepRow::grad: an empty one has no memory, but its parameter is stepped.
+inline void* address_of_grad(void* grad) {
+  alignas(16) static char nothing[16];
+  return grad ? grad : nothing;
+}
+
 // What the group lasso shrinks after a step of this row.
 inline SliceTensor slices_of(const StepRow& row, const StepHyper& hyper) {
   return {row.grad ? row.param : nullptr, row.dtype, SliceRule::group_lasso, row.slices, hyper.group_threshold()};

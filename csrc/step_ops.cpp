@@ -226,7 +226,7 @@ void add_rows(const Call& call, StepDriver& driver, std::vector<Tensor>& in_layo
     }
     StepRow row;
     row.param = param.data_ptr();
-    row.grad = grad.data_ptr();
+    row.grad = address_of_grad(grad.data_ptr());
     row.numel = param.numel();
     row.device = driver.index_of(kernel_device(param));
     row.dtype = dtype_of(param);

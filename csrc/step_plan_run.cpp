@@ -314,7 +314,7 @@ bool StepPlan::collect_usual(size_t p) {
       grad.device() != tensor.device() || !same_layout(grad, tensor))
     return false;
   if (!collect_usual_state(p, tensor)) return false;
-  row.grad = grad.data_ptr();
+  row.grad = address_of_grad(grad.data_ptr());
   grads_[p] = grad;
   return true;
 }
@@ -400,7 +400,7 @@ void StepPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Te
     grads_[p].copy_(grad);
     relaid_grads_.emplace_back(grad, grads_[p]);
   }
-  driver_.rows[params_[p].row].grad = grads_[p].data_ptr();
+  driver_.rows[params_[p].row].grad = address_of_grad(grads_[p].data_ptr());
 }
 
 // The state of one parameter; what is missing is allocated, not yet committed. False where a tensor is not the one that
