@@ -85,10 +85,10 @@ def task(request, demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["digits", "csv"], indirect=True)
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(9))
 def test_loop_and_regfused_agree(demo, task, index, monkeypatch):
     recipe = demo.Recipe(epochs=3)
-    setting = demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)[index]
+    setting = demo.all_settings(1e-3, 1e-3, 0.2)[index]
     # Whose masks are those of regfused.Dropout.
     monkeypatch.setitem(importlib.import_module("training").DROPOUT, "loop", regfused.reference.Dropout)
     # float64: what remains is rounding of 1e-16 a step, and a wrong formula shows. float32: the same times 1e9, and
@@ -106,7 +106,7 @@ def test_only_proximal_steps_make_zeros(demo, task):
     recipe = demo.Recipe(epochs=8)
     zeros = {
         setting.name: demo.train_both(task, setting, recipe, torch.float32).zeros("regfused")
-        for setting in demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)
+        for setting in demo.all_settings(1e-3, 1e-3, 0.2)
         if setting.l1 or setting.group_l1
     }
     assert zeros["proximal L1"] > 20
