@@ -3,14 +3,14 @@
 
 #include "cpu/dropout_drive.h"
 #include "cpu/foreach_drive.h"
-#include "cpu/step_drive.h"
 #include "cpu/slice_drive.h"
+#include "cpu/step_drive.h"
 #if defined(REGFUSED_CUDA)
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
+#include "cuda/slice_drive.h"
 #include "cuda/step_drive.h"
 #include "cuda/step_launch.h"
-#include "cuda/slice_drive.h"
 #endif
 
 namespace regfused {

@@ -9,8 +9,8 @@
 
 #include "dropout_job.h"
 #include "foreach_device.h"
-#include "step_device.h"
 #include "slice_step.h"
+#include "step_device.h"
 
 namespace regfused {
 

@@ -126,7 +126,7 @@ class SGD(reference.SGD):
             return super()._step()
         plan = self.__dict__.get("_plan")
         if plan is None:
-            plan = self._plan = self._last.counting = extension.C.StepPlan(_check)
+            plan = self._plan = self._last.counting = extension.C.StepPlan("sgd", "SGD", _check)
         grad_scale = self.__dict__.get("grad_scale")
         if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
             last = self._last

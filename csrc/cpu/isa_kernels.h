@@ -4,8 +4,8 @@
 #include "dropout_kernel.h"
 #include "foreach_kernel.h"
 #include "kernels.h"
-#include "step_kernel.h"
 #include "slice_kernel.h"
+#include "step_kernel.h"
 
 namespace regfused {
 inline namespace REGFUSED_ISA {

@@ -3,8 +3,8 @@
 
 #include "../dropout_job.h"
 #include "../foreach.h"
-#include "../step.h"
 #include "../slice_step.h"
+#include "../step.h"
 
 namespace regfused {
 

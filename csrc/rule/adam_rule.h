@@ -99,6 +99,7 @@ struct Adam {
   static unsigned slots_of(const Hyper& h) { return h.amsgrad ? 0b111 : 0b011; }
   static double steady_gain(const Hyper&) { return 1; }
   // The group lasso has no map in the metric of the step.
+  static constexpr const char* kDemand = "group_l1 demands decoupled_proximal=True";
   static bool allows(const StepHyper& step, const Hyper& h) { return step.group_l1 == 0 || h.decoupled_proximal; }
   REGFUSED_RULE static StepTime at(const Hyper& h, double t) { return {t, {pow(h.betas[0], t), pow(h.betas[1], t)}}; }
 };

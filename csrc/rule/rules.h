@@ -34,6 +34,7 @@ struct RuleInfo {
   const char* const* slots;
   int slot_count;
   bool counts_steps;
+  const char* demand;  // what `allows` demands, for messages
 
   // Of a group's hyperparameters.
   unsigned (*slots_of)(const StepHyper&);
@@ -54,6 +55,7 @@ constexpr RuleInfo info_of() {
           R::kSlots,
           int(sizeof(R::kSlots) / sizeof(R::kSlots[0])),
           R::kCountsSteps,
+          R::kDemand,
           [](const StepHyper& step) { return R::slots_of(step.own<Hyper>()); },
           [](const StepHyper& step) { return R::steady_gain(step.own<Hyper>()); },
           [](const StepHyper& step) { return R::allows(step, step.own<Hyper>()); },

@@ -97,6 +97,7 @@ struct Sgd {
     return h.nesterov && !h.classical_momentum ? 1 + h.momentum * buffer : buffer;
   }
   // Whether a proximal map has a length to go by.
+  static constexpr const char* kDemand = "a proximal map and a group lasso demand momentum < 1 and dampening <= 1";
   static bool allows(const StepHyper& step, const Hyper& h) {
     return !step.has_map() || (h.momentum < 1 && h.dampening <= 1);
   }
