@@ -98,7 +98,4 @@ struct StepArguments {
 static_assert(sizeof(StepArguments<kSmallArguments>) <= kSmallArguments);
 static_assert(sizeof(StepArguments<kLargeArguments>) <= kLargeArguments);
 
-// Which storage types a kernel knows: float32 alone, all but float64, all.
-enum class StepStorage { float32, mixed, any };
-
 }  // namespace regfused

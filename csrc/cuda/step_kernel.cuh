@@ -89,15 +89,6 @@ struct StepPlace {
 };
 constexpr StepKey kNoKey = {-1, 0};
 
-// function.template operator()<S>() for the storage type S.
-template <StepStorage kStorage, class Function>
-__device__ __forceinline__ void by_storage(DType dtype, const Function& function) {
-  if constexpr (kStorage == StepStorage::float32)
-    function.template operator()<float>();
-  else
-    by_dtype<kStorage == StepStorage::any>(dtype, function);
-}
-
 // function.template operator()<kSlots>() for the set of slots of a row.
 template <class R, size_t I = 0, class Function>
 __device__ __forceinline__ void by_slot_set(unsigned slot_set, const Function& function) {
@@ -136,7 +127,7 @@ __device__ __forceinline__ double norm_share(const StepPlace& place, const StepN
   return exact_sum<Arithmetic<S>>([&]<class A>() { return norm_share<A, S, kPenalty>(place, rules, type); });
 }
 
-template <StepStorage kStorage>
+template <bool kDoubles>
 __device__ __forceinline__ void step_norm(const StepJob& job, const StepInputs& inputs) {
   struct Shared {
     MadeOnce<sizeof(StepNormRules<double>)> rules;
@@ -153,7 +144,7 @@ __device__ __forceinline__ void step_norm(const StepJob& job, const StepInputs& 
     for (int chunk = begin; chunk < end; ++chunk) {
       const StepPlace place(job, inputs, chunk);
       if (place.grad.is_none()) continue;
-      by_storage<kStorage>(place.row.dtype, [&]<class S>() {
+      by_dtype<kDoubles>(place.row.dtype, [&]<class S>() {
         using T = Arithmetic<S>;
         const auto& rules = shared.rules.template get<StepNormRules<T>>(place.key(0), made, [&] {
           const StepHyper hyper = inputs.groups[place.row.group].read();
@@ -275,7 +266,7 @@ __device__ __forceinline__ void count_steps(const StepJob& job, const StepInputs
   }
 }
 
-template <class R, StepStorage kStorage>
+template <class R, bool kDoubles>
 __device__ __forceinline__ void step_update(const StepJob& job, const StepInputs& inputs) {
   struct Shared {
     StepVerdict verdict;
@@ -302,7 +293,7 @@ __device__ __forceinline__ void step_update(const StepJob& job, const StepInputs
     for (int chunk = begin; chunk < end; ++chunk) {
       const StepPlace place(job, inputs, chunk);
       if (place.grad.is_none()) continue;
-      by_storage<kStorage>(place.row.dtype, [&]<class S>() {
+      by_dtype<kDoubles>(place.row.dtype, [&]<class S>() {
         using T = Arithmetic<S>;
         const double t = place.template t<R>();
         const auto& rules = shared.rules.template get<StepUpdateRules<T, R>>(place.key(t), made, [&] {

@@ -23,22 +23,20 @@ constexpr int arrays_of() {
 
 // Blocks of 256 threads on a multiprocessor, at least. With 4 a thread has 64 registers, and three
 // accesses of 16 bytes are in flight for each of 1024 threads: by Little's law, not by measurement,
-// about twice what hides the latency of an H100's memory. With four arrays or more, 3 blocks of 80 registers
+// about twice what hides the latency of an H100's memory. With four arrays or more, 3 blocks (80 registers)
 // have as much in flight. float64 does not fit, and so has kernels of its own.
-constexpr int blocks_of(StepStorage storage, int arrays) {
-  return storage == StepStorage::any ? 2 : arrays <= 3 ? 4 : 3;
-}
+constexpr int blocks_of(int arrays, bool doubles) { return doubles ? 2 : arrays <= 3 ? 4 : 3; }
 
-template <size_t kBytes, StepStorage kStorage>
-__global__ void __launch_bounds__(kThreads, blocks_of(kStorage, 2))
+template <size_t kBytes, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, blocks_of(2, kDoubles))
     step_norm_kernel(const __grid_constant__ StepArguments<kBytes> arguments) {
-  step_norm<kStorage>(arguments.job, StepInputs(arguments.job, arguments.inputs));
+  step_norm<kDoubles>(arguments.job, StepInputs(arguments.job, arguments.inputs));
 }
 
-template <size_t kBytes, class R, StepStorage kStorage>
-__global__ void __launch_bounds__(kThreads, blocks_of(kStorage, arrays_of<R>()))
+template <size_t kBytes, class R, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, blocks_of(arrays_of<R>(), kDoubles))
     step_kernel(const __grid_constant__ StepArguments<kBytes> arguments) {
-  step_update<R, kStorage>(arguments.job, StepInputs(arguments.job, arguments.inputs));
+  step_update<R, kDoubles>(arguments.job, StepInputs(arguments.job, arguments.inputs));
 }
 
 template <size_t kBytes>
@@ -70,24 +68,12 @@ template <size_t kBytes>
 using StepKernel = void (*)(StepArguments<kBytes>);
 
 template <size_t kBytes>
-StepKernel<kBytes> norm_kernel_of(StepStorage storage) {
-  return storage == StepStorage::any ? step_norm_kernel<kBytes, StepStorage::any>
-                                     : step_norm_kernel<kBytes, StepStorage::mixed>;
-}
-
-template <size_t kBytes, class R>
-StepKernel<kBytes> step_kernel_of(StepStorage storage) {
-  switch (storage) {
-    case StepStorage::float32: return step_kernel<kBytes, R, StepStorage::float32>;
-    case StepStorage::mixed: return step_kernel<kBytes, R, StepStorage::mixed>;
-    default: return step_kernel<kBytes, R, StepStorage::any>;
-  }
-}
-
-template <size_t kBytes>
 StepKernel<kBytes> kernel_of(const StepKernelChoice& choice) {
-  if (choice.pass == StepPass::norm) return norm_kernel_of<kBytes>(choice.storage);
-  return by_rule(choice.rule, [&]<class R>() { return step_kernel_of<kBytes, R>(choice.storage); });
+  const bool doubles = choice.doubles;
+  if (choice.pass == StepPass::norm) return doubles ? step_norm_kernel<kBytes, true> : step_norm_kernel<kBytes, false>;
+  return by_rule(choice.rule, [&]<class R>() -> StepKernel<kBytes> {
+    return doubles ? step_kernel<kBytes, R, true> : step_kernel<kBytes, R, false>;
+  });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ enum class StepPass { norm, step };
 struct StepKernelChoice {
   StepPass pass;
   RuleId rule;  // of the step; the norm is the same for all
-  StepStorage storage;
+  bool doubles;  // whether a row is float64
 };
 
 // Blocks of a kernel that the current device runs at the same time.
