@@ -4,7 +4,8 @@
 #include "step_ops.h"
 
 TORCH_LIBRARY(regfused, m) {
-  for (int rule = 0; rule < regfused::kRules; ++rule) m.def(regfused::step_schema(static_cast<regfused::RuleId>(rule)).c_str());
+  for (int rule = 0; rule < regfused::kRules; ++rule)
+    m.def(regfused::step_schema(static_cast<regfused::RuleId>(rule)).c_str());
   m.def("penalty(Tensor[] params, float l1, float l2) -> Tensor");
   m.def("penalty_backward(Tensor grad, Tensor[] params, float l1, float l2) -> Tensor[]");
   // The mask follows the memory of the input: a compiled graph must not give it another layout.

@@ -53,8 +53,8 @@ void StepOnCuda::follow_stream() {
   const cudaStream_t now = stream();
   if (now == last_stream_) return;
   last_stream_ = now;
-  for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{&tables_, &partials_, &gathered_, &penalties_,
-                                                                           &record_, &sent_inputs_, &slices_.memory()})
+  for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{
+           &tables_, &partials_, &gathered_, &penalties_, &record_, &sent_inputs_, &slices_.memory()})
     if (tensor->defined()) in_use_on_current_stream(*tensor);
 }
 

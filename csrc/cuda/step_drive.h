@@ -64,9 +64,9 @@ class StepOnCuda : public StepAsyncDevice {
   bool is_uploaded_ = false;
 
   // On the device.
-  at::Tensor tables_;    // chunks, then rows
-  at::Tensor partials_;  // a double for each span
-  at::Tensor gathered_;  // partials of all devices, where there are several
+  at::Tensor tables_;     // chunks, then rows
+  at::Tensor partials_;   // a double for each span
+  at::Tensor gathered_;   // partials of all devices, where there are several
   at::Tensor penalties_;  // a double for each span
   at::Tensor record_;
   SlicesOnCuda slices_;

@@ -49,8 +49,8 @@ struct StepGrad {
   REGFUSED_RULE void* grad() const { return tagged - first(); }
 };
 
-// Behind the numbers of a StepRecord: whether the last step was skipped, for kernels that follow; and how many blocks of
-// the running kernel are done, an unsigned integer that is 0 between kernels.
+// Behind the numbers of a StepRecord: whether the last step was skipped, for kernels that follow; and how many blocks
+// of the running kernel are done, an unsigned integer that is 0 between kernels.
 constexpr int kStepSkipped = kRecordSize;
 constexpr int kBlocksDone = kRecordSize + 1;
 constexpr int kDeviceRecordSize = kRecordSize + 2;

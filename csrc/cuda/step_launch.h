@@ -19,7 +19,7 @@ enum class StepPass { norm, step };
 
 struct StepKernelChoice {
   StepPass pass;
-  RuleId rule;  // of the step; the norm is the same for all
+  RuleId rule;   // of the step; the norm is the same for all
   bool doubles;  // whether a row is float64
 };
 

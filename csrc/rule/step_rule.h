@@ -62,9 +62,7 @@ struct StepHyper {
   REGFUSED_RULE bool has_map() const { return (proximal && has_penalty()) || group_l1 != 0; }
 
   // k*e'*group_l1 where e' is the length of every element's step, after the map of elements.
-  REGFUSED_RULE SliceBound group_bound() const {
-    return {steady_gain * group_l1, proximal ? 2 * steady_gain * l2 : 0};
-  }
+  REGFUSED_RULE SliceBound group_bound() const { return {steady_gain * group_l1, proximal ? 2 * steady_gain * l2 : 0}; }
   REGFUSED_RULE double group_threshold() const { return group_bound().at(lr); }
 };
 

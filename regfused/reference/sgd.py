@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from regfused import checkpoint, options
 from regfused.reference import step
+from regfused.reference.step import Entry
 from regfused.stats import LastStep, Stats
 from regfused.tracing import values_are_known
 
@@ -238,7 +239,7 @@ class SGD(torch.optim.SGD):
     def _step_unseen(
         self,
         operation: str,
-        entries: list[step.Entry],
+        entries: list[Entry],
         grad_norm: Tensor | None,
         clip_coef: Tensor | None,
         found_inf: Tensor | None,

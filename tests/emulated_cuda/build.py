@@ -31,7 +31,14 @@ FLAGS += ["-ffp-contract=off", "-fvisibility=hidden", *compiled.ADDRESS]
 
 def build() -> Path:
     """The emulated extension, compiled anew where a source is newer."""
-    kept = [path for path in BUILD.glob("csrc/**/*.o") if path.stem not in REPLACED and path.parent.name != "cuda"]
+    kept = [
+        path
+        for path in BUILD.glob("csrc/**/*.o")
+        if path.stem not in REPLACED
+        and path.parent.name != "cuda"
+        # Not what an earlier build left of a source that has another name now.
+        and (CSRC.parent / path.relative_to(BUILD)).with_suffix(".cpp").exists()
+    ]
     if not kept:
         raise RuntimeError(f"there are no object files in {BUILD}: python setup.py build_ext --inplace makes them")
     flags = ("-x", "c++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", *compiled.torch_includes())

@@ -4,8 +4,8 @@
 
 #include "cuda/dropout_drive.h"
 #include "cuda/foreach_drive.h"
-#include "cuda/step_drive.h"
 #include "cuda/slice_drive.h"
+#include "cuda/step_drive.h"
 #include "cuda/stream.h"
 #include "devices.h"
 
