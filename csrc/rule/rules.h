@@ -17,9 +17,9 @@ constexpr int kMostSlots = 3;
 
 inline namespace REGFUSED_ISA {
 
-// function.template operator()<Sgd>() and so on.
+// function.template operator()<Sgd>() and so on; for the host, which knows the rule at run time.
 template <class Function>
-REGFUSED_RULE auto by_rule(RuleId rule, const Function& function) {
+__attribute__((always_inline)) inline auto by_rule(RuleId rule, const Function& function) {
   switch (rule) {
     case RuleId::adam: return function.template operator()<Adam>();
     default: return function.template operator()<Sgd>();

@@ -19,6 +19,7 @@
 #include "option.h"
 #include "penalty_rule.h"
 #include "portable.h"
+#include "slice_rule.h"
 
 namespace regfused {
 
@@ -61,10 +62,8 @@ struct StepHyper {
   REGFUSED_RULE bool has_map() const { return (proximal && has_penalty()) || group_l1 != 0; }
 
   // k*e'*group_l1 where e' is the length of every element's step, after the map of elements.
-  REGFUSED_RULE double group_threshold() const {
-    const double length = steady_gain * lr;
-    return length * group_l1 / (proximal ? 1 + 2 * length * l2 : 1);
-  }
+  REGFUSED_RULE SliceBound group_bound() const { return {steady_gain * group_l1, proximal ? 2 * steady_gain * l2 : 0}; }
+  REGFUSED_RULE double group_threshold() const { return group_bound().at(lr); }
 };
 
 // In every group, under the names that Python has. `lr` may also be a tensor.
