@@ -119,7 +119,8 @@ class Stats:
                        read for the first time; parameters with a sparse gradient are not looked through
     ``skipped``        how many steps so far left no trace, by ``nonfinite="skip"`` or an AMP overflow
 
-    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped. Where CUDA kernels made the step,
+    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped (where a device decides by itself,
+    ``zero_fraction`` is of the parameters of the last step that it was given). Where CUDA kernels made the step,
     the tensors are on their device, and reading the stats does not wait for it.
 
     No step counts zeros: reading ``zero_fraction`` costs a pass over the parameters, the other numbers cost none. Of

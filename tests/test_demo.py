@@ -92,8 +92,8 @@ def test_loop_and_regfused_agree(demo, task, index, monkeypatch):
     # Whose masks are those of regfused.Dropout.
     monkeypatch.setitem(importlib.import_module("training").DROPOUT, "loop", regfused.reference.Dropout)
     # float64: what remains is rounding of 1e-16 a step, and a wrong formula shows. float32: the same times 1e9, and
-    # with L1 in the loss a weight at zero whose sign rounding decides is off by up to 2*lr*l1/(1 - momentum) = 1e-3. What
-    # moves Adam there is a sign too: by up to 2*lr = 6e-3 a step, and back at the next.
+    # with L1 in the loss a weight at zero whose sign rounding decides is off by up to 2*lr*l1/(1 - momentum) = 1e-3.
+    # What moves Adam there is a sign too: by up to 2*lr = 6e-3 a step, and back at the next.
     in_float64 = demo.train_both(task, setting, recipe, torch.float64)
     assert in_float64.largest_difference < 1e-11
     in_float32 = demo.train_both(task, setting, recipe, torch.float32)

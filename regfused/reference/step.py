@@ -337,10 +337,10 @@ class Update:
         moved = rule.move(d, slots, group, t, lr)
         if entry.value is not entry.target:
             self._left[param] = {name: slot.to(param.dtype) for name, slot in moved.slots.items()}
-        for name, slot in moved.slots.items():
-            self._keep(entry, name, written[name], slot)
         if t is not None:
             self._keep_count(entry, there.get("step"), t)
+        for name, slot in moved.slots.items():
+            self._keep(entry, name, written[name], slot)
         return moved.move, moved.length
 
     def _slot(self, entry: Entry, stored: Tensor | None) -> Tensor | None:
