@@ -58,7 +58,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m tests.sanitizers
 
 bench: build
-	@for piece in step penalty clip dropout; do \
+	@for piece in "step --optimizer sgd" "step --optimizer adam" penalty clip dropout; do \
 		echo "== $$piece"; \
 		$(BIN)/python -m benchmarks.bench_$$piece --out $(RESULTS); \
 	done

@@ -1,4 +1,4 @@
-"""The jobs of an SGD step, the ways to do them, and the same formula in float64 to compare with.
+"""The jobs of a step, the ways to do them, and the same formula in float64 to compare with: a table of optimizers.
 
 All ways read and write tensors that they own. Peers that clip scale ``p.grad`` in place, and those that have no penalty
 of their own add its gradient to ``p.grad``: over many calls their gradients stay at the norm ``max_norm``, so they keep
@@ -7,9 +7,11 @@ moving ordinary numbers.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,51 @@ class Hyperparameters:
     l1: float
     l2: float
     max_norm: float | None
+    optimizer: str = "sgd"  # one of OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One class of regfused, the one of torch that it replaces, and the rule in float64."""
+
+    ours: type[torch.optim.Optimizer]
+    theirs: type[torch.optim.Optimizer]
+    title: str  # what a step has beside clip and penalty
+    slots: int  # tensors of state that a step reads and writes
+    options: Callable[[Hyperparameters], dict[str, Any]]
+    move: Callable[[Tensor, dict[str, Tensor], Hyperparameters, int], Tensor]  # of d and the state, which it changes
+
+
+def sgd_move(d: Tensor, state: dict[str, Tensor], h: Hyperparameters, t: int) -> Tensor:
+    state["b"] = h.momentum * state["b"] + d if t > 1 else d
+    return h.lr * state["b"]
+
+
+def adam_move(d: Tensor, state: dict[str, Tensor], h: Hyperparameters, t: int) -> Tensor:
+    zero = torch.zeros_like(d)
+    state["m"] = 0.9 * state.get("m", zero) + 0.1 * d
+    state["v"] = 0.999 * state.get("v", zero) + 0.001 * d * d
+    return h.lr * (state["m"] / (1 - 0.9**t)) / ((state["v"] / (1 - 0.999**t)).sqrt() + 1e-8)
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer(
+        regfused.SGD,
+        torch.optim.SGD,
+        "momentum + weight decay",
+        1,
+        lambda h: {"lr": h.lr, "momentum": h.momentum, "weight_decay": h.weight_decay},
+        sgd_move,
+    ),
+    "adam": Optimizer(
+        regfused.Adam,
+        torch.optim.Adam,
+        "Adam + weight decay",
+        2,
+        lambda h: {"lr": h.lr, "weight_decay": h.weight_decay},
+        adam_move,
+    ),
+}
 
 
 Step = jobs.Call
@@ -40,13 +87,14 @@ TIMED = Hyperparameters(lr=1e-9, momentum=0.9, weight_decay=1e-4, l1=1e-5, l2=1e
 
 @dataclass(frozen=True, eq=False)
 class Job(jobs.Job):
-    """``elements_moved``: param, grad and momentum buffer read, param and buffer written; for the norm, the gradient
-    (and with a penalty the parameter) once more.
+    """``elements_moved``: param, grad and state read, param and state written; for the norm, the gradient (and with a
+    penalty the parameter) once more.
     """
 
     ways: dict[str, Way]
     clips: bool
     penalizes: bool
+    optimizer: str = "sgd"
 
     def of(self, hyperparameters: Hyperparameters) -> Hyperparameters:
         """The hyperparameters with what this job leaves out switched off."""
@@ -54,10 +102,10 @@ class Job(jobs.Job):
             hyperparameters = replace(hyperparameters, max_norm=None)
         if not self.penalizes:
             hyperparameters = replace(hyperparameters, l1=0.0, l2=0.0)
-        return hyperparameters
+        return replace(hyperparameters, optimizer=self.optimizer)
 
     def setup(self, name: str, start: list[Tensor]) -> tuple[Step, list[Tensor]]:
-        """The step, after a first one: it allocates the momentum buffers, which are no extra memory."""
+        """The step, after a first one: it allocates the state, which is no extra memory."""
         params = models.own_copy(start)
         step = self.ways[name](params, self.of(TIMED))
         step()
@@ -71,14 +119,28 @@ class Job(jobs.Job):
 
 
 def with_regfused(params: list[Tensor], h: Hyperparameters) -> Step:
-    optimizer = regfused.SGD(
-        params, h.lr, h.momentum, weight_decay=h.weight_decay, l1=h.l1, l2=h.l2, max_norm=h.max_norm
-    )
-    return optimizer.step
+    optimizer = OPTIMIZERS[h.optimizer]
+    return optimizer.ours(params, **optimizer.options(h), l1=h.l1, l2=h.l2, max_norm=h.max_norm).step
 
 
-def with_torch(params: list[Tensor], h: Hyperparameters, **implementation: bool) -> torch.optim.SGD:
-    return torch.optim.SGD(params, h.lr, h.momentum, weight_decay=h.weight_decay, **implementation)
+def with_torch(params: list[Tensor], h: Hyperparameters, **implementation: bool) -> torch.optim.Optimizer:
+    optimizer = OPTIMIZERS[h.optimizer]
+    return optimizer.theirs(params, **optimizer.options(h), **implementation)
+
+
+def with_optimi(params: list[Tensor], h: Hyperparameters) -> Step:
+    """torch-optimi, in the fastest way that it has on this device."""
+    import optimi
+
+    optimizer = optimi.Adam(params, h.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=h.weight_decay)
+    if h.max_norm is None:
+        return optimizer.step
+
+    def step() -> None:
+        clip_grad_norm_(params, _bound(h))
+        optimizer.step()
+
+    return step
 
 
 def plain(**implementation: bool) -> Way:
@@ -161,48 +223,65 @@ CLIP_GRAD_SCALE = "norm as grad_scale + fused=True"
 SEED_LOOP = "penalty in loss + clip_grad_norm_ + SGD"
 SEED_LOOP_FUSED = "penalty in loss + clip_grad_norm_ + fused=True"
 
-JOBS = [
-    Job(
-        "step",
-        "momentum + weight decay",
-        5,
-        clips=False,
-        penalizes=False,
-        ways={
-            OURS: with_regfused,
-            FUSED: plain(fused=True),
-            "torch foreach=True": plain(foreach=True),
-            "torch for-loop": plain(foreach=False),
-        },
-    ),
-    Job(
-        "clip",
-        "clip + momentum + weight decay",
-        6,
-        clips=True,
-        penalizes=False,
-        ways={
-            OURS: with_regfused,
-            CLIP_GRAD_SCALE: clipped_by_grad_scale,
-            CLIP_FUSED: clipped(fused=True),
-            "clip_grad_norm_ + foreach=True": clipped(foreach=True),
-            "clip_grad_norm_ + for-loop": clipped(foreach=False),
-        },
-    ),
-    Job(
-        "elastic_net",
-        "elastic net + clip + momentum + weight decay",
-        7,
-        clips=True,
-        penalizes=True,
-        ways={
-            OURS: with_regfused,
-            "penalty by foreach + clip_grad_norm_ + fused=True": penalty_by_foreach,
-            SEED_LOOP_FUSED: penalty_in_loss(fused=True),
-            SEED_LOOP: penalty_in_loss(),
-        },
-    ),
-]
+
+def jobs_of(name: str) -> list[Job]:
+    optimizer = OPTIMIZERS[name]
+    ours, title = f"regfused.{optimizer.ours.__name__}", optimizer.title
+    elements = 3 + 2 * optimizer.slots
+    # Where it is installed.
+    optimi: dict[str, Way] = (
+        {"torch-optimi": with_optimi} if name == "adam" and importlib.util.find_spec("optimi") else {}
+    )
+    return [
+        Job(
+            "step",
+            title,
+            elements,
+            clips=False,
+            penalizes=False,
+            optimizer=name,
+            ways={
+                ours: with_regfused,
+                FUSED: plain(fused=True),
+                "torch foreach=True": plain(foreach=True),
+                "torch for-loop": plain(foreach=False),
+                **optimi,
+            },
+        ),
+        Job(
+            "clip",
+            f"clip + {title}",
+            elements + 1,
+            clips=True,
+            penalizes=False,
+            optimizer=name,
+            ways={
+                ours: with_regfused,
+                CLIP_GRAD_SCALE: clipped_by_grad_scale,
+                CLIP_FUSED: clipped(fused=True),
+                "clip_grad_norm_ + foreach=True": clipped(foreach=True),
+                "clip_grad_norm_ + for-loop": clipped(foreach=False),
+                **{f"clip_grad_norm_ + {peer}": way for peer, way in optimi.items()},
+            },
+        ),
+        Job(
+            "elastic_net",
+            f"elastic net + clip + {title}",
+            elements + 2,
+            clips=True,
+            penalizes=True,
+            optimizer=name,
+            ways={
+                ours: with_regfused,
+                "penalty by foreach + clip_grad_norm_ + fused=True": penalty_by_foreach,
+                SEED_LOOP_FUSED: penalty_in_loss(fused=True),
+                SEED_LOOP.replace("SGD", optimizer.theirs.__name__): penalty_in_loss(),
+            },
+        ),
+    ]
+
+
+JOBS = jobs_of("sgd")
 
 
 # --- The error of a way ---------------------------------------------------------------------------
@@ -238,12 +317,12 @@ def error(way: Way, job: Job, shapes: list[list[int]], dtype: torch.dtype, seed:
 def step_in_float64(params: list[Tensor], grads_of_steps: list[list[Tensor]], h: Hyperparameters) -> list[Tensor]:
     """The parameters after one step for each list of gradients."""
     params = [p.double() for p in params]
-    buffers: list[Tensor] = []
-    for grads in grads_of_steps:
+    states: list[dict[str, Tensor]] = [{} for _ in params]
+    for t, grads in enumerate(grads_of_steps, start=1):
         penalized = [g.double() + h.l1 * p.sign() + 2 * h.l2 * p for p, g in zip(params, grads, strict=True)]
         norm = math.sqrt(sum(float(x.square().sum()) for x in penalized))
         c = 1.0 if h.max_norm is None else min(1.0, h.max_norm / (norm + 1e-6))
-        updates = [c * x + h.weight_decay * p for p, x in zip(params, penalized, strict=True)]
-        buffers = [h.momentum * b + d for b, d in zip(buffers, updates, strict=True)] if buffers else updates
-        params = [p - h.lr * b for p, b in zip(params, buffers, strict=True)]
+        directions = [c * x + h.weight_decay * p for p, x in zip(params, penalized, strict=True)]
+        move = OPTIMIZERS[h.optimizer].move
+        params = [p - move(d, s, h, t) for p, d, s in zip(params, directions, states, strict=True)]
     return params

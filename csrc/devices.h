@@ -8,9 +8,9 @@
 #include <c10/core/Device.h>
 
 #include "dropout_job.h"
-#include "foreach_drive.h"
+#include "foreach_device.h"
 #include "slice_step.h"
-#include "step_drive.h"
+#include "step_device.h"
 
 namespace regfused {
 

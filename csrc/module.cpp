@@ -32,6 +32,35 @@ py::dict build_info() {
   return info;
 }
 
+py::dict options_of(const OptionInfo* options, int count) {
+  py::dict kinds;
+  for (int i = 0; i < count; ++i) {
+    const OptionKind kind = options[i].kind;
+    kinds[options[i].name] = kind == OptionKind::strength    ? "strength"
+                             : kind == OptionKind::finite    ? "finite"
+                             : kind == OptionKind::fractions ? "fractions"
+                                                             : "flag";
+  }
+  return kinds;
+}
+
+// The tables of the engine ("") and of each rule: names and kinds of options, names of slots.
+py::dict rules() {
+  py::dict all;
+  py::dict engine;
+  engine["options"] = options_of(kStepOptions, int(std::size(kStepOptions)));
+  all[""] = engine;
+  for (int r = 0; r < kRules; ++r) {
+    const RuleInfo& info = info_of(static_cast<RuleId>(r));
+    py::dict rule;
+    rule["options"] = options_of(info.options, info.option_count);
+    rule["slots"] = std::vector<std::string>(info.slots, info.slots + info.slot_count);
+    rule["counts_steps"] = info.counts_steps;
+    all[info.name] = rule;
+  }
+  return all;
+}
+
 // Which tensors the kernels take, one by one; none where two share memory. None within torch.func, whose wrappers look
 // plain and have no memory, and within torch.jit.trace, which does not see operators from outside.
 std::vector<bool> takes(const std::vector<at::Tensor>& tensors) {
@@ -58,11 +87,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("penalty", &penalty);
   m.def("dropout", &dropout_eagerly, py::arg("input"), py::arg("p"), py::arg("inplace"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("rules", &rules);
   m.def("takes", &takes);
   m.def("in_functional_transform", &in_functional_transform);
   m.def("is_watched", &is_watched);
   py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<py::function>(), py::arg("check"))
+      .def(py::init<const std::string&, const std::string&, py::function>(), py::arg("rule"), py::arg("optimizer"),
+           py::arg("check"))
       .def("step", &StepPlan::step)
       .def("norm", &StepPlan::norm)
       .def("judge", &StepPlan::judge)
@@ -73,6 +104,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("outcome", &StepPlan::outcome)
       .def_readonly("leftover", &StepPlan::leftover)
       .def("numbers", &StepPlan::numbers)
+      .def("stepped", &StepPlan::stepped)
       .def_property_readonly("clip_coef", &StepPlan::clip_coef);
 }
 

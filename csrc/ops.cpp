@@ -1,13 +1,11 @@
 // The schemas of all operators, torch.ops.regfused.*; what they do is in the files named *_ops.cpp.
 #include <torch/library.h>
 
+#include "step_ops.h"
+
 TORCH_LIBRARY(regfused, m) {
-  m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first, *, float lr, "
-      "float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, float l1=0, float l2=0, "
-      "bool proximal=False, float group_l1=0, int group_dim=0, float? max_norm=None, float norm_type=2, "
-      "bool penalty_in_clip=True, str nonfinite='propagate', bool decoupled_weight_decay=False, "
-      "bool classical_momentum=False, bool maximize=False) -> ()");
+  for (int rule = 0; rule < regfused::kRules; ++rule)
+    m.def(regfused::step_schema(static_cast<regfused::RuleId>(rule)).c_str());
   m.def("penalty(Tensor[] params, float l1, float l2) -> Tensor");
   m.def("penalty_backward(Tensor grad, Tensor[] params, float l1, float l2) -> Tensor[]");
   // The mask follows the memory of the input: a compiled graph must not give it another layout.

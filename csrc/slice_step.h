@@ -20,16 +20,16 @@ struct SliceTensor {
 constexpr int32_t kSliceWidth = 10;
 constexpr int64_t kSliceColumns = int64_t(1) << kSliceWidth;
 
-// The kernels of one instruction set on the CPU. Those that scale return how many exact zeros there are now.
+// The kernels of one instruction set on the CPU.
 struct SliceKernels {
   // Whole slices that lie one after another, n elements from `begin` on: norm, factor and scale.
-  int64_t (*shrink)(const SliceTensor&, int64_t begin, int64_t n);
+  void (*shrink)(const SliceTensor&, int64_t begin, int64_t n);
   double (*measure_segment)(const SliceTensor&, const SliceSegments::Segment&);
-  int64_t (*scale_segment)(const SliceTensor&, const SliceSegments::Segment&, double factor);
+  void (*scale_segment)(const SliceTensor&, const SliceSegments::Segment&, double factor);
   // A partial sum for each run of the tile.
   void (*measure_tile)(const SliceTensor&, const SliceTile&, double* partials);
   // factors: one for each slice.
-  int64_t (*scale_tile)(const SliceTensor&, const SliceTile&, const double* factors);
+  void (*scale_tile)(const SliceTensor&, const SliceTile&, const double* factors);
 };
 
 }  // namespace regfused

@@ -16,22 +16,38 @@ namespace regfused {
 
 namespace {
 
-PyObject* momentum_buffer_key() {
-  static PyObject* const key = interned("momentum_buffer");
-  return key;
+// True if the kernels can step with this slot; one of another layout or type is copied first.
+bool slot_fits(PyObject* object, const at::Tensor& param) {
+  if (!is_tensor(object) || !is_plain(object)) return false;
+  const at::Tensor& slot = THPVariable_Unpack(object);
+  return slot.layout() == at::kStrided && slot.device() == param.device() && slot.is_floating_point() &&
+         slot.sizes() == param.sizes();
 }
 
-// Whether the kernels can step with this momentum buffer; one of another layout or type is copied first.
-bool buffer_fits(PyObject* object, const at::Tensor& param) {
+// The same for a count of steps.
+bool count_fits(PyObject* object) {
   if (!is_tensor(object) || !is_plain(object)) return false;
-  const at::Tensor& buffer = THPVariable_Unpack(object);
-  return buffer.layout() == at::kStrided && buffer.device() == param.device() && buffer.is_floating_point() &&
-         buffer.sizes() == param.sizes();
+  const at::Tensor& count = THPVariable_Unpack(object);
+  return count.layout() == at::kStrided && count.is_floating_point() && count.numel() == 1 && !count.is_meta();
+}
+
+RuleId rule_of(const std::string& name) {
+  const int rule = rule_named(name);
+  TORCH_INTERNAL_ASSERT(rule >= 0, "regfused: there is no rule of this name: ", name);
+  return static_cast<RuleId>(rule);
 }
 
 }  // namespace
 
-StepPlan::StepPlan(py::function check) : check_(std::move(check)) {}
+StepPlan::StepPlan(const std::string& rule, const std::string& optimizer, py::function check)
+    : rule_id_(rule_of(rule)),
+      rule_(info_of(rule_id_)),
+      operation_("regfused." + optimizer + ".step"),
+      check_(std::move(check)) {
+  driver_.rule = rule_id_;
+  if (rule_.counts_steps) names_.push_back(interned("step"));
+  for (int slot = 0; slot < rule_.slot_count; ++slot) names_.push_back(interned(rule_.slots[slot]));
+}
 
 bool StepPlan::needs_norm() const {
   return !groups_.empty() && (groups_.front().clips || groups_.front().nonfinite != StepGroup::Nonfinite::propagate);
@@ -45,7 +61,7 @@ bool StepPlan::is_known() {
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* dict = PyList_GET_ITEM(param_groups_.ptr(), static_cast<Py_ssize_t>(g));
     if (!PyDict_Check(dict)) return false;
-    groups_[g].hold(dict);
+    groups_[g].hold(dict, operation_);
     PyObject* list = groups_[g].params.ptr();
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
     if (size != groups_[g].size) return false;
@@ -59,30 +75,49 @@ bool StepPlan::is_known() {
   if (static_cast<size_t>(PyDict_Size(state_.ptr())) != entries_.size()) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  for (size_t e = 0; PyDict_Next(state_.ptr(), &position, &key, &value); ++e) {
-    if (key != entries_[e].key || !PyDict_Check(value)) return false;
-    PyObject* buffer = lookup(value, momentum_buffer_key());
-    if (buffer != entries_[e].buffer) return false;
+  for (size_t e = 0; PyDict_Next(state_.ptr(), &position, &key, &value); ++e)
+    if (key != entries_[e] || !PyDict_Check(value) || !has_same_state(value, &in_entry_[e * names_.size()]))
+      return false;
+  return true;
+}
+
+// True if an entry of the state holds these objects under names_.
+bool StepPlan::has_same_state(PyObject* entry, PyObject* const* known) const {
+  // As a step writes it: nothing else, in this order.
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t n = 0;
+  while (n < names_.size() && PyDict_Next(entry, &position, &key, &value) && key == names_[n]) {
+    if (value != known[n]) return false;
+    ++n;
   }
+  const bool was_all = static_cast<size_t>(PyDict_Size(entry)) == n;
+  for (; n < names_.size(); ++n)
+    if (known[n] != (was_all ? nullptr : lookup(entry, names_[n]))) return false;
   return true;
 }
 
 void StepPlan::remember_state() {
   entries_.clear();
+  in_entry_.clear();
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
-    PyObject* buffer = PyDict_Check(value) ? lookup(value, momentum_buffer_key()) : nullptr;
-    entries_.push_back({key, buffer});
+    entries_.push_back(key);
+    for (PyObject* name : names_) in_entry_.push_back(PyDict_Check(value) ? lookup(value, name) : nullptr);
   }
 }
 
 void StepPlan::forget() {
+  if (knows_stepped_) stepped_before_ = stepped();
+  knows_stepped_ = false;
   groups_.clear();
   params_.clear();
   known_.clear();
+  found_.clear();
   entries_.clear();
-  driver_.tensors.clear();
+  in_entry_.clear();
+  driver_.rows.clear();
   driver_.groups.clear();
   driver_.lr.clear();
   grads_.clear();
@@ -105,10 +140,9 @@ void StepPlan::release() {
 
 // For the rest of a step in which other Python code may run, and let go of what the step works on.
 void StepPlan::hold_all() {
-  for (const Known& known : known_) {
-    held_.push_back(py::reinterpret_borrow<py::object>(known.param));
-    if (known.buffer) held_.push_back(py::reinterpret_borrow<py::object>(known.buffer));
-  }
+  for (const Known& known : known_) held_.push_back(py::reinterpret_borrow<py::object>(known.param));
+  for (const StateTensor& tensor : found_)
+    if (tensor.object) held_.push_back(py::reinterpret_borrow<py::object>(tensor.object));
 }
 
 void StepPlan::build() {
@@ -128,15 +162,15 @@ void StepPlan::build() {
 
 void StepPlan::list_params() {
   for (const py::handle dict : param_groups_) {
-    TORCH_CHECK_TYPE(PyDict_Check(dict.ptr()), "regfused.SGD.step: param_groups must hold dictionaries");
+    TORCH_CHECK_TYPE(PyDict_Check(dict.ptr()), operation_, ": param_groups must hold dictionaries");
     const size_t g = groups_.size();
-    StepGroup group;
-    group.hold(dict.ptr());
+    StepGroup group(rule_id_);
+    group.hold(dict.ptr(), operation_);
     PyObject* list = group.params.ptr();
     group.size = PySequence_Fast_GET_SIZE(list);
     for (Py_ssize_t i = 0; i < group.size; ++i) {
       PyObject* object = PySequence_Fast_GET_ITEM(list, i);
-      TORCH_CHECK_TYPE(is_tensor(object), "regfused.SGD.step: parameter ", i, " of group ", g,
+      TORCH_CHECK_TYPE(is_tensor(object), operation_, ": parameter ", i, " of group ", g,
                        " must be a tensor, but is a ", Py_TYPE(object)->tp_name);
       Param param;
       param.group = static_cast<int32_t>(g);
@@ -146,6 +180,7 @@ void StepPlan::list_params() {
     }
     groups_.push_back(std::move(group));
   }
+  found_.assign(params_.size() * names_.size(), StateTensor());
   driver_.groups.resize(groups_.size());
   driver_.lr.resize(groups_.size());
 }
@@ -160,16 +195,16 @@ void StepPlan::check_group_dims() const {
 
 // Rows of the driver's table for the parameters that the kernels take.
 void StepPlan::plan_rows() {
-  std::unordered_map<PyObject*, PyObject*> buffer_by_key;
+  std::unordered_map<PyObject*, size_t> entry_by_key;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value))
     if (!PyDict_Check(value)) check_(param_groups_, state_);
-  for (const StateEntry& entry : entries_)
-    if (entry.buffer && entry.buffer != Py_None) buffer_by_key.emplace(entry.key, entry.buffer);
+  for (size_t e = 0; e < entries_.size(); ++e) entry_by_key.emplace(entries_[e], e);
+  const std::vector<PyObject*> nothing(names_.size(), nullptr);
   for (size_t p = 0; p < params_.size(); ++p) {
-    const auto found = buffer_by_key.find(known_[p].param);
-    plan_row(p, found == buffer_by_key.end() ? nullptr : found->second);
+    const auto entry = entry_by_key.find(known_[p].param);
+    plan_row(p, entry == entry_by_key.end() ? nothing.data() : &in_entry_[entry->second * names_.size()]);
   }
 
   std::vector<MemoryRange> memory;
@@ -179,41 +214,36 @@ void StepPlan::plan_rows() {
     // One parameter listed twice, or two that share memory: the order of updates has a meaning
     // then, which parallel chunks do not keep. The reference does.
     for (const StepGroup& group : groups_)
-      TORCH_CHECK(!group.demanded,
-                  "regfused.SGD.step: fused=True demands parameters that share no memory, but two of them do");
+      TORCH_CHECK(!group.demanded, operation_,
+                  ": fused=True demands parameters that share no memory, but two of them do");
     for (Param& param : params_) param.row = -1;
-    driver_.tensors.clear();
+    driver_.rows.clear();
     return;
   }
+  std::string names;
+  for (int slot = 0; slot < rule_.slot_count; ++slot) names += (slot ? ", " : "") + std::string(rule_.slots[slot]);
   for (size_t p = 0; p < params_.size(); ++p)
-    if (params_[p].row >= 0 && known_[p].buffer && !params_[p].relay_buffer) memory.push_back(memory_of(buffer_of(p)));
-  TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
-                    "regfused.SGD.step: a momentum_buffer must share no memory with a parameter or another ",
-                    "momentum_buffer, but one does");
+    for (size_t n = 0; n < names_.size() && params_[p].row >= 0; ++n)
+      if (const StateTensor& known = found(p, static_cast<int>(n)); known.object && !known.relay)
+        memory.push_back(memory_of(THPVariable_Unpack(known.object)));
+  TORCH_CHECK_VALUE(!any_overlap(std::move(memory)), operation_, ": a tensor of the state (", names,
+                    ") must share no memory with a parameter or another one, but one does");
 }
 
-void StepPlan::plan_row(size_t p, PyObject* buffer_object) {
+void StepPlan::plan_row(size_t p, PyObject* const* state) {
   Param& param = params_[p];
   const at::Tensor& tensor = tensor_of(p);
   if (!groups_[param.group].kernels || !is_plain(known_[p].param) || !why_not_fused(tensor).empty()) return;
-  if (buffer_object) {
-    if (!buffer_fits(buffer_object, tensor)) {
-      // Python raises, or knows the buffer as one of the reference's, such as a sparse one.
-      check_(param_groups_, state_);
-      return;
-    }
-    known_[p].buffer = buffer_object;
-    known_[p].buffer_type = Py_TYPE(buffer_object);
-    const at::Tensor& buffer = buffer_of(p);
-    param.relay_buffer =
-        !same_layout(buffer, tensor) || buffer.scalar_type() != tensor.scalar_type() || buffer.is_neg();
-    param.buffer_keys = buffer.key_set();
-    param.buffer_dtype = buffer.scalar_type();
-    param.buffer_memory = buffer.data_ptr();
+  if (!plan_state(p, tensor, state)) {
+    // Python raises, or knows what is there as the reference's, such as a sparse buffer.
+    check_(param_groups_, state_);
+    for (size_t n = 0; n < names_.size(); ++n) found(p, static_cast<int>(n)) = StateTensor();
+    return;
   }
-  param.row = static_cast<int32_t>(driver_.tensors.size());
+  param.row = static_cast<int32_t>(driver_.rows.size());
   param.keys = tensor.key_set();
   param.dtype = tensor.scalar_type();
+  param.is_async = is_asynchronous(kernel_device(tensor));
   if (!tensor.is_contiguous()) param.strides = tensor.strides().vec();
   StepRow row;
   row.param = tensor.data_ptr();
@@ -225,7 +255,30 @@ void StepPlan::plan_row(size_t p, PyObject* buffer_object) {
     row.slices = slices_along(tensor, group.group_dim);
     param.sizes = tensor.sizes().vec();
   }
-  driver_.tensors.push_back(row);
+  driver_.rows.push_back(row);
+}
+
+// Notes the state tensors of a parameter. False where one is not for the kernels.
+bool StepPlan::plan_state(size_t p, const at::Tensor& tensor, PyObject* const* state) {
+  for (size_t n = 0; n < names_.size(); ++n) {
+    PyObject* object = state[n];
+    if (!object || object == Py_None) continue;
+    const bool is_count = rule_.counts_steps && n == 0;
+    if (!(is_count ? count_fits(object) : slot_fits(object, tensor))) return false;
+    const at::Tensor& there = THPVariable_Unpack(object);
+    StateTensor& known = found(p, static_cast<int>(n));
+    known.object = object;
+    known.type = Py_TYPE(object);
+    known.keys = there.key_set();
+    known.dtype = there.scalar_type();
+    known.memory = there.data_ptr();
+    if (is_count)
+      known.relay = (known.dtype != at::kFloat && known.dtype != at::kDouble) || there.device() != tensor.device();
+    else
+      known.relay = !same_layout(there, tensor) || known.dtype != tensor.scalar_type();
+    known.relay |= there.is_neg();
+  }
+  return true;
 }
 
 // Reads the options of all groups. False where a group went over to the reference, or back, or where it
@@ -248,7 +301,7 @@ bool StepPlan::read_options() {
   const bool fused_norm = first.norm_type == 1 || first.norm_type == 2 || first.norm_type == INFINITY;
   for (StepGroup& group : groups_) {
     if (!group.agrees(first)) complain();
-    TORCH_CHECK(fused_norm || !group.demanded, "regfused.SGD.step: fused=True demands norm_type 1, 2 or inf, but got ",
+    TORCH_CHECK(fused_norm || !group.demanded, operation_, ": fused=True demands norm_type 1, 2 or inf, but got ",
                 group.norm_type);
     group.kernels &= fused_norm;
   }

@@ -1,6 +1,7 @@
 // One step of a plan: collect, norm, update, commit. See step_plan.h.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -26,10 +27,18 @@ constexpr int64_t kTensorsPerThread = 128;
 // Not Tensor::grad(), which warns where the tensor is no leaf.
 const at::Tensor& grad_of(const at::Tensor& tensor) { return std::as_const(*tensor.unsafeGetTensorImpl()).grad(); }
 
-PyObject* momentum_buffer_key() {
-  static PyObject* const key = interned("momentum_buffer");
-  return key;
+double count_at(const void* memory, DType dtype) {
+  return dtype == DType::float32 ? *static_cast<const float*>(memory) : *static_cast<const double*>(memory);
 }
+void set_count(void* memory, DType dtype, double count) {
+  if (dtype == DType::float32)
+    *static_cast<float*>(memory) = static_cast<float>(count);
+  else
+    *static_cast<double*>(memory) = count;
+}
+
+// True for a number of steps.
+bool is_count(double count) { return count >= 0 && std::isfinite(count) && count == std::floor(count); }
 
 // Autograd, and anybody who saved the tensor for backward, must see that it changed.
 void bump_version(const at::Tensor& tensor) {
@@ -39,8 +48,8 @@ void bump_version(const at::Tensor& tensor) {
 // One thread at a time: a second one would find half a step.
 class Entered {
  public:
-  explicit Entered(bool& busy) : busy_(busy) {
-    TORCH_CHECK(!busy, "regfused.SGD.step: one step at a time, but another thread is inside a step of this optimizer");
+  Entered(bool& busy, const std::string& operation) : busy_(busy) {
+    TORCH_CHECK(!busy, operation, ": one step at a time, but another thread is inside a step of this optimizer");
     busy_ = true;
   }
   ~Entered() { busy_ = false; }
@@ -71,10 +80,9 @@ class Released {
 }  // namespace
 
 const at::Tensor& StepPlan::tensor_of(size_t p) const { return THPVariable_Unpack(known_[p].param); }
-const at::Tensor& StepPlan::buffer_of(size_t p) const { return THPVariable_Unpack(known_[p].buffer); }
 
 bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf) {
-  Entered entered(busy_);
+  Entered entered(busy_, operation_);
   if (!number_on_device(found_inf.ptr()).defined() && !found_inf.is_none() && number(found_inf.ptr()) != 0) {
     ++skipped_;
     outcome_ = "overflow";
@@ -92,14 +100,14 @@ bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale
   scalars_.grad_scale = grad_scale.is_none() || driver_.grad_scale.defined() ? 1 : number(grad_scale.ptr());
   if (!collect()) {
     build();
-    TORCH_CHECK(collect(), "regfused.SGD.step: a parameter was exchanged while it was collected");
+    TORCH_CHECK(collect(), operation_, ": a parameter was exchanged while it was collected");
   }
   // Making buffers may start the garbage collector, and with it anything; so may what is left to Python.
   if (!pending_.empty() || !leftover.empty() || has_other_python_threads()) hold_all();
   driver_.find_live();
   const char* why_host = why_host_judges();
-  TORCH_CHECK(!why_host || !driver_.is_capturing(),
-              "regfused.SGD.step: a step in a CUDA graph must not need the host, but ", why_host);
+  TORCH_CHECK(!why_host || !driver_.is_capturing(), operation_, ": a step in a CUDA graph must not need the host, but ",
+              why_host);
   driver_.begin();
   if (!why_host) {
     let_devices_judge();
@@ -122,7 +130,7 @@ const char* StepPlan::why_host_judges() const {
   if (groups_.front().nonfinite == StepGroup::Nonfinite::error) return "nonfinite='error' may raise";
   const bool may_skip = driver_.found_inf.defined() || groups_.front().nonfinite == StepGroup::Nonfinite::skip;
   if (!pending_.empty() && (may_skip || driver_.is_capturing()))
-    return "a momentum_buffer has to be made (take a step before the capture)";
+    return "a tensor of the state has to be made (take a step before the capture)";
   return nullptr;
 }
 
@@ -160,11 +168,16 @@ void StepPlan::let_devices_judge() {
 // The update itself. A CUDA device may refuse a launch: then what was committed is taken back.
 template <class Update>
 void StepPlan::run(Update update) {
-  bump_versions();  // first: what was collected is still in the caches
+  count_and_bump_versions();  // first: what was collected is still in the caches
   try {
     py::gil_scoped_release others_may_run;
     update();
   } catch (...) {
+    for (const Param& param : params_) {
+      if (param.row < 0 || param.is_async) continue;
+      const StepRow& row = driver_.rows[param.row];
+      if (row.grad && row.steps) set_count(row.steps, row.steps_dtype, row.t - 1);
+    }
     roll_back(pending_.size());
     throw;
   }
@@ -172,17 +185,17 @@ void StepPlan::run(Update update) {
 
 // Another thread may have taken a whole step since this one was left to Python.
 void StepPlan::check_open() const {
-  TORCH_CHECK(is_open_, "regfused.SGD.step: one step at a time, but another thread began a step of this optimizer");
+  TORCH_CHECK(is_open_, operation_, ": one step at a time, but another thread began a step of this optimizer");
 }
 
 double StepPlan::norm() {
-  Entered entered(busy_);
+  Entered entered(busy_, operation_);
   check_open();
   return norm_pass();
 }
 
 void StepPlan::update(const std::vector<at::Tensor>& targets, const std::vector<at::Tensor>& sources) {
-  Entered entered(busy_);
+  Entered entered(busy_, operation_);
   check_open();
   {
     c10::AutoGradMode no_grad(false);
@@ -197,9 +210,8 @@ void StepPlan::update(const std::vector<at::Tensor>& targets, const std::vector<
 }
 
 py::tuple StepPlan::numbers() const {
-  std::array<py::object, kRecordSize> all = {py::float_(grad_norm_),      py::float_(clip_coef_),
-                                             py::float_(totals_.penalty), py::float_(totals_.zeros),
-                                             py::float_(totals_.numel),   py::float_(double(skipped_))};
+  std::array<py::object, kRecordSize> all = {py::float_(grad_norm_), py::float_(clip_coef_), py::float_(penalty_),
+                                             py::float_(double(skipped_))};
   const std::vector<at::Tensor> of_devices = driver_.numbers();
   if (!of_devices.empty()) {
     const at::Device home = of_devices.front().device();
@@ -214,7 +226,15 @@ py::tuple StepPlan::numbers() const {
     }
   }
   if (!measured_) all[kGradNorm] = py::none();
-  return py::make_tuple(all[0], all[1], all[2], all[3], all[4], all[5]);
+  return py::make_tuple(all[0], all[1], all[2], all[3]);
+}
+
+std::vector<std::pair<int, int>> StepPlan::stepped() const {
+  if (!knows_stepped_) return stepped_before_;
+  std::vector<std::pair<int, int>> stepped;
+  for (const Param& param : params_)
+    if (param.stepped) stepped.emplace_back(param.group, param.index);
+  return stepped;
 }
 
 double StepPlan::norm_pass() {
@@ -239,7 +259,7 @@ bool StepPlan::is_same(size_t p) const {
 
 // Cheap: whether the parameter is what it was when it was found eligible.
 bool StepPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const {
-  const StepRow& row = driver_.tensors[param.row];
+  const StepRow& row = driver_.rows[param.row];
   if (tensor.data_ptr() != row.param || tensor.numel() != row.numel || tensor.scalar_type() != param.dtype ||
       tensor.key_set() != param.keys)
     return false;
@@ -247,17 +267,22 @@ bool StepPlan::is_unchanged(const Param& param, const at::Tensor& tensor) const 
   return param.strides.empty() ? tensor.is_contiguous() : tensor.strides() == at::IntArrayRef(param.strides);
 }
 
-// Cheap: whether the buffer is the one that was found to fit, with the same memory.
-bool StepPlan::is_unchanged_buffer(size_t p, const at::Tensor& tensor) const {
-  const Param& param = params_[p];
-  if (!is_tensor(known_[p].buffer) || Py_TYPE(known_[p].buffer) != known_[p].buffer_type) return false;
-  const at::Tensor& buffer = buffer_of(p);
-  return buffer.key_set() == param.buffer_keys && buffer.scalar_type() == param.buffer_dtype &&
-         buffer.data_ptr() == param.buffer_memory && buffer.sizes() == tensor.sizes() &&
-         (param.relay_buffer || same_layout(buffer, tensor));
+// Cheap: whether a state tensor is the one that was found to fit, with the same memory.
+bool StepPlan::is_unchanged_slot(const StateTensor& known, const at::Tensor& param) const {
+  if (!is_tensor(known.object) || Py_TYPE(known.object) != known.type) return false;
+  const at::Tensor& slot = THPVariable_Unpack(known.object);
+  return slot.key_set() == known.keys && slot.scalar_type() == known.dtype && slot.data_ptr() == known.memory &&
+         slot.sizes() == param.sizes() && (known.relay || same_layout(slot, param));
 }
 
-// Gradients and buffers of this step. False where a tensor is not the one that was planned for.
+bool StepPlan::is_unchanged_count(const StateTensor& known, const at::Tensor& param) const {
+  if (!is_tensor(known.object) || Py_TYPE(known.object) != known.type) return false;
+  const at::Tensor& count = THPVariable_Unpack(known.object);
+  return count.key_set() == known.keys && count.scalar_type() == known.dtype && count.data_ptr() == known.memory &&
+         count.numel() == 1 && (known.relay || count.device() == param.device());
+}
+
+// Gradients and state of this step. False where a tensor is not the one that was planned for.
 bool StepPlan::collect() {
   grads_.assign(params_.size(), at::Tensor());
   relaid_grads_.clear();
@@ -274,29 +299,48 @@ bool StepPlan::collect() {
   return true;
 }
 
-// The usual case, which needs no word to Python and no memory: a plain gradient in the layout of
-// its parameter, and a momentum buffer that is there. False: to be looked at closely.
+// The usual case, which runs no Python and needs no memory: a plain gradient in the layout of its parameter, and a
+// state that is there. False: to be looked at closely.
 bool StepPlan::collect_usual(size_t p) {
   const Param& param = params_[p];
   if (!is_same(p)) return false;
   const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
   if (param.row < 0) return !grad.defined();
-  StepRow& row = driver_.tensors[param.row];
+  StepRow& row = driver_.rows[param.row];
   row.grad = nullptr;
   if (!grad.defined()) return true;
   if (!is_unchanged(param, tensor) || grad.key_set() != param.keys || grad.scalar_type() != param.dtype ||
       grad.device() != tensor.device() || !same_layout(grad, tensor))
     return false;
-  row.first = false;
-  row.momentum_buffer = nullptr;
-  if (driver_.groups[param.group].momentum != 0) {
-    if (!known_[p].buffer || param.relay_buffer || !is_unchanged_buffer(p, tensor)) return false;
-    row.momentum_buffer = param.buffer_memory;
-  }
-  row.grad = grad.data_ptr();
+  if (!collect_usual_state(p, tensor)) return false;
+  row.grad = address_of_grad(grad.data_ptr());
   grads_[p] = grad;
   return true;
+}
+
+bool StepPlan::collect_usual_state(size_t p, const at::Tensor& tensor) {
+  const Param& param = params_[p];
+  StepRow& row = driver_.rows[param.row];
+  row.slot_set = static_cast<uint8_t>(groups_[param.group].slot_set);
+  for (int slot = 0; slot < rule_.slot_count; ++slot) {
+    row.slots[slot] = nullptr;
+    if ((row.slot_set >> slot & 1) == 0) continue;
+    const StateTensor& known = found(p, name_of_slot(slot));
+    if (!known.object || known.relay || !is_unchanged_slot(known, tensor)) return false;
+    row.slots[slot] = known.memory;
+  }
+  row.t = 2;
+  if (!rule_.counts_steps) return true;
+  const StateTensor& known = found(p, 0);
+  if (!known.object || known.relay || !is_unchanged_count(known, tensor)) return false;
+  row.steps = known.memory;
+  row.steps_dtype = known.dtype == at::kFloat ? DType::float32 : DType::float64;
+  row.t = 0;
+  if (param.is_async) return true;
+  const double before = count_at(row.steps, row.steps_dtype);
+  row.t = before + 1;
+  return is_count(before);
 }
 
 bool StepPlan::collect_closely(size_t p) {
@@ -304,26 +348,20 @@ bool StepPlan::collect_closely(size_t p) {
   if (!is_same(p)) return false;
   const at::Tensor& tensor = tensor_of(p);
   const at::Tensor& grad = grad_of(tensor);
-  if (param.row >= 0) driver_.tensors[param.row].grad = nullptr;
+  if (param.row >= 0) driver_.rows[param.row].grad = nullptr;
   if (!grad.defined()) return true;
   if (param.row >= 0 && !is_unchanged(param, tensor)) return false;
   const std::string why = why_left(p, tensor, grad);
   if (!why.empty()) {
     // The words in front are torch's.
-    TORCH_CHECK(!groups_[param.group].demanded, "regfused.SGD.step: `fused=True` requires all the params to be ",
+    TORCH_CHECK(!groups_[param.group].demanded, operation_, ": `fused=True` requires all the params to be ",
                 "floating point Tensors for its kernels: fused=True demands dense, strided float32, float64, bfloat16 ",
                 "or float16 tensors ", where_kernels_run(), " that share no memory, but ", name_of(param), " ", why);
     leftover.append(py::make_tuple(param.group, param.index, py::handle(known_[p].param)));
     return true;
   }
   collect_gradient(p, tensor, grad);
-  StepRow& row = driver_.tensors[param.row];
-  row.first = false;
-  row.momentum_buffer = nullptr;
-  if (driver_.groups[param.group].momentum == 0) return true;
-  if (known_[p].buffer && !is_unchanged_buffer(p, tensor)) return false;
-  collect_buffer(p, tensor);
-  return true;
+  return collect_state(p, tensor);
 }
 
 // Why the reference has to step this tensor, or an empty string. Raises for gradients that fit nowhere.
@@ -337,12 +375,10 @@ std::string StepPlan::why_left(size_t p, const at::Tensor& tensor, const at::Ten
   if (grad.key_set() == param.keys && grad.scalar_type() == param.dtype && grad.device() == tensor.device() &&
       grad.sizes() == tensor.sizes())
     return "";
-  TORCH_CHECK(grad.device() == tensor.device(),
-              "regfused.SGD.step: a gradient must be on the device of its parameter, ", "but ", name_of(param),
-              " is on ", tensor.device(), " and its gradient on ", grad.device());
-  TORCH_CHECK(grad.sizes() == tensor.sizes(),
-              "regfused.SGD.step: a gradient must have the shape of its parameter, but ", name_of(param), " has ",
-              tensor.sizes(), " and its gradient ", grad.sizes());
+  TORCH_CHECK(grad.device() == tensor.device(), operation_, ": a gradient must be on the device of its parameter, but ",
+              name_of(param), " is on ", tensor.device(), " and its gradient on ", grad.device());
+  TORCH_CHECK(grad.sizes() == tensor.sizes(), operation_, ": a gradient must have the shape of its parameter, but ",
+              name_of(param), " has ", tensor.sizes(), " and its gradient ", grad.sizes());
   if (grad.layout() != at::kStrided) return c10::str("has a gradient of layout ", grad.layout());
   if (grad.unsafeGetTensorImpl()->is_python_dispatch()) return "has a gradient that is a tensor subclass";
   if (grad.scalar_type() != param.dtype) return c10::str("has a gradient of dtype ", grad.scalar_type());
@@ -356,7 +392,7 @@ void StepPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Te
     if (scalars_.write_unscaled_grad) {
       const bool writable = at::has_internal_overlap(grad) != at::MemOverlap::Yes &&
                             (!grad.is_inference() || c10::InferenceMode::is_enabled());
-      TORCH_CHECK(writable, "regfused.SGD.step: with grad_scale a step writes the unscaled gradients, but that of ",
+      TORCH_CHECK(writable, operation_, ": with grad_scale a step writes the unscaled gradients, but that of ",
                   name_of(params_[p]),
                   grad.is_inference() ? " is an inference tensor" : " has elements that share memory");
     }
@@ -364,26 +400,67 @@ void StepPlan::collect_gradient(size_t p, const at::Tensor& tensor, const at::Te
     grads_[p].copy_(grad);
     relaid_grads_.emplace_back(grad, grads_[p]);
   }
-  driver_.tensors[params_[p].row].grad = grads_[p].data_ptr();
+  driver_.rows[params_[p].row].grad = address_of_grad(grads_[p].data_ptr());
 }
 
-// The momentum buffer of one parameter; a missing one is allocated, not yet committed.
-void StepPlan::collect_buffer(size_t p, const at::Tensor& tensor) {
+// The state of one parameter; what is missing is allocated, not yet committed. False where a tensor is not the one that
+// was planned for.
+bool StepPlan::collect_state(size_t p, const at::Tensor& tensor) {
   const Param& param = params_[p];
-  StepRow& row = driver_.tensors[param.row];
-  const bool has_buffer = known_[p].buffer != nullptr;
-  row.first = !has_buffer;
-  if (has_buffer && !param.relay_buffer) {
-    row.momentum_buffer = param.buffer_memory;
-    return;
+  StepRow& row = driver_.rows[param.row];
+  row.slot_set = static_cast<uint8_t>(groups_[param.group].slot_set);
+  for (int slot = 0; slot < rule_.slot_count; ++slot) {
+    const StateTensor& known = found(p, name_of_slot(slot));
+    row.slots[slot] = nullptr;
+    if ((row.slot_set >> slot & 1) != 0 && known.object && !is_unchanged_slot(known, tensor)) return false;
   }
-  at::Tensor buffer = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
-  if (has_buffer)
-    buffer.copy_(buffer_of(p));
+  row.t = 2;
+  if (rule_.counts_steps) {
+    if (found(p, 0).object && !is_unchanged_count(found(p, 0), tensor)) return false;
+    collect_count(p, tensor);
+  }
+  for (int slot = 0; slot < rule_.slot_count; ++slot) {
+    if ((row.slot_set >> slot & 1) == 0) continue;
+    if (!rule_.counts_steps && !found(p, name_of_slot(slot)).object) row.t = 1;
+    row.slots[slot] = collect_slot(p, slot, tensor);
+  }
+  return true;
+}
+
+void* StepPlan::collect_slot(size_t p, int slot, const at::Tensor& tensor) {
+  const StateTensor& known = found(p, name_of_slot(slot));
+  if (known.object && !known.relay) return known.memory;
+  at::Tensor made = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+  if (known.object)
+    made.copy_(THPVariable_Unpack(known.object));
   else
-    buffer.zero_();
-  row.momentum_buffer = buffer.data_ptr();
-  pending_.push_back({p, std::move(buffer)});
+    made.zero_();
+  pending_.push_back({p, name_of_slot(slot), made});
+  return made.data_ptr();
+}
+
+void StepPlan::collect_count(size_t p, const at::Tensor& tensor) {
+  const Param& param = params_[p];
+  StepRow& row = driver_.rows[param.row];
+  const StateTensor& known = found(p, 0);
+  row.steps = known.memory;
+  at::ScalarType dtype = known.dtype;
+  if (!known.object || known.relay) {
+    // As torch makes it.
+    const bool is_double =
+        at::get_default_dtype() == caffe2::TypeMeta::Make<double>() && !groups_[param.group].demanded;
+    dtype = is_double ? at::kDouble : at::kFloat;
+    at::Tensor made = at::zeros({}, tensor.options().dtype(dtype));
+    if (known.object) made.copy_(THPVariable_Unpack(known.object).reshape({}));
+    row.steps = made.data_ptr();
+    pending_.push_back({p, 0, std::move(made)});
+  }
+  row.steps_dtype = dtype == at::kFloat ? DType::float32 : DType::float64;
+  row.t = 0;
+  if (param.is_async) return;
+  const double before = count_at(row.steps, row.steps_dtype);
+  if (!is_count(before)) complain();
+  row.t = before + 1;
 }
 
 // --- Update ------------------------------------------------------------------------------------------
@@ -398,7 +475,7 @@ void StepPlan::update_pass() {
 }
 
 void StepPlan::finish_update() {
-  totals_ = driver_.totals();
+  penalty_ = driver_.penalty();
   outcome_ = "stepped";
   measured_ = needs_norm();
   if (scalars_.write_unscaled_grad)
@@ -432,28 +509,37 @@ void StepPlan::raise_nonfinite(double norm) const {
     if (first >= 0 && param.row == first) where = "; first in " + name_of(param);
     if (first != last && param.row == last) where += " or in a later one up to " + name_of(param);
   }
-  TORCH_CHECK(false, "regfused.SGD.step: nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
+  TORCH_CHECK(false, operation_, ": nonfinite='error' demands a finite gradient norm, but it is ", norm, where);
 }
 
-void StepPlan::bump_versions() {
+// A step counts where the host counts, and everybody who looks at versions sees what it writes.
+void StepPlan::count_and_bump_versions() {
+  knows_stepped_ = true;
   parallel(static_cast<int64_t>(params_.size()), kTensorsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const Param& param = params_[p];
-      if (param.row < 0 || !driver_.tensors[param.row].grad) continue;
+      Param& param = params_[p];
+      param.stepped = param.row >= 0 && driver_.rows[param.row].grad;
+      if (!param.stepped) continue;
+      const StepRow& row = driver_.rows[param.row];
       bump_version(tensor_of(p));
-      if (driver_.tensors[param.row].momentum_buffer) bump_version(buffer_of(p));
+      if (row.steps) {
+        if (!param.is_async) set_count(row.steps, row.steps_dtype, row.t);
+        bump_version(THPVariable_Unpack(found(p, 0).object));
+      }
+      for (int slot = 0; slot < rule_.slot_count; ++slot)
+        if (row.slots[slot]) bump_version(THPVariable_Unpack(found(p, name_of_slot(slot)).object));
       if (scalars_.write_unscaled_grad) bump_version(grads_[p]);
     }
   });
 }
 
-// Fresh buffers become state. Hashing a tensor runs Python code, so this can be interrupted: then
+// Fresh tensors become state. Hashing a tensor runs Python code, so this can be interrupted: then
 // the state is as it was.
 void StepPlan::commit() {
   if (pending_.empty()) return;
   size_t done = 0;
   try {
-    for (; done < pending_.size(); ++done) commit_buffer(pending_[done]);
+    for (; done < pending_.size(); ++done) commit_state(pending_[done]);
     remember_state();
   } catch (...) {
     roll_back(done);
@@ -461,28 +547,29 @@ void StepPlan::commit() {
   }
 }
 
-void StepPlan::commit_buffer(Pending& pending) {
-  Param& param = params_[pending.param];
-  Known& known = known_[pending.param];
-  auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(pending.buffer));
-  if (!buffer) throw py::error_already_set();
+void StepPlan::commit_state(Pending& pending) {
+  PyObject* const param = known_[pending.param].param;
+  PyObject* const name = names_[pending.name];
+  auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(pending.tensor));
+  if (!object) throw py::error_already_set();
   py::object fresh;
-  PyObject* entry = lookup(state_.ptr(), known.param);
+  PyObject* entry = lookup(state_.ptr(), param);
   if (!entry) {
     fresh = py::dict();
     entry = fresh.ptr();
   }
   pending.fresh_entry = static_cast<bool>(fresh);
-  pending.previous = py::reinterpret_borrow<py::object>(lookup(entry, momentum_buffer_key()));
-  if (PyDict_SetItem(entry, momentum_buffer_key(), buffer.ptr()) != 0) throw py::error_already_set();
-  if (fresh && PyDict_SetItem(state_.ptr(), known.param, entry) != 0) throw py::error_already_set();
-  param.buffer_memory = pending.buffer.data_ptr();
-  param.buffer_keys = pending.buffer.key_set();
-  param.buffer_dtype = param.dtype;
-  param.relay_buffer = false;
-  known.buffer = buffer.ptr();
-  known.buffer_type = Py_TYPE(buffer.ptr());
-  held_.push_back(std::move(buffer));
+  pending.previous = py::reinterpret_borrow<py::object>(lookup(entry, name));
+  if (PyDict_SetItem(entry, name, object.ptr()) != 0) throw py::error_already_set();
+  if (fresh && PyDict_SetItem(state_.ptr(), param, entry) != 0) throw py::error_already_set();
+  StateTensor& known = found(pending.param, pending.name);
+  known.object = object.ptr();
+  known.type = Py_TYPE(object.ptr());
+  known.memory = pending.tensor.data_ptr();
+  known.keys = pending.tensor.key_set();
+  known.dtype = pending.tensor.scalar_type();
+  known.relay = false;
+  held_.push_back(std::move(object));
 }
 
 void StepPlan::roll_back(size_t count) {
@@ -493,9 +580,9 @@ void StepPlan::roll_back(size_t count) {
       PyDict_DelItem(state_.ptr(), object);
     } else if (PyObject* entry = PyDict_GetItemWithError(state_.ptr(), object)) {
       if (pending_[i].previous)
-        PyDict_SetItem(entry, momentum_buffer_key(), pending_[i].previous.ptr());
+        PyDict_SetItem(entry, names_[pending_[i].name], pending_[i].previous.ptr());
       else
-        PyDict_DelItem(entry, momentum_buffer_key());
+        PyDict_DelItem(entry, names_[pending_[i].name]);
     }
     PyErr_Clear();
   }

@@ -18,23 +18,23 @@ from training import (
     Task,
     csv_task,
     digits_task,
-    in_proximal_step,
     regularization_path,
     train_both,
 )
 
 
-def seven_settings(l1: float, l2: float, dropout: float, momentum: float) -> list[Setting]:
-    proximal_l1 = in_proximal_step(l1, momentum)
+def all_settings(l1: float, l2: float, dropout: float) -> list[Setting]:
     return [
         Setting("no penalty"),
         Setting("L1", l1=l1),
         Setting("L2", l2=l2),
         Setting("elastic net", l1=l1, l2=l2),
-        Setting("proximal L1", l1=proximal_l1, proximal=True),
+        Setting("proximal L1", l1=l1, proximal=True),
         # As much as L1 where a row has 64 elements of one size.
-        Setting("group lasso", group_l1=8 * proximal_l1),
+        Setting("group lasso", group_l1=8 * l1),
         Setting("dropout", dropout=dropout),
+        Setting("Adam", adam=True),
+        Setting("Adam, L1+L2", l1=l1, l2=l2, adam=True),
     ]
 
 
@@ -83,10 +83,10 @@ def main(
         raise typer.Exit(2) from None
     # The network is too small to gain from more threads; on a busy machine one would time how they wait for each other.
     torch.set_num_threads(1)
-    recipe = Recipe(min(epochs, 3) if quick else epochs, batch_size, lr, momentum, max_norm, seed)
+    recipe = Recipe(min(epochs, 3) if quick else epochs, batch_size, lr, momentum, max_norm=max_norm, seed=seed)
     console.print(introduction(task, recipe), highlight=False, markup=False, soft_wrap=True)
     results, in_float64, path = train_all(
-        task, recipe, seven_settings(l1, l2, dropout, momentum), (5, 100) if quick else (17, 500), console
+        task, recipe, all_settings(l1, l2, dropout), (5, 100) if quick else (17, 500), console
     )
     if not all(weights.isfinite().all() for result in results for weights in result.weights.values()):
         console.print(f"Training diverged: weights are not finite. lr={lr:g} is too large for this data.", style="red")

@@ -25,7 +25,7 @@ class Recipe:
     """The group lasso of a row is ``group_l1 * ||row||``; output units and biases bear none."""
 
     hidden: tuple[int, ...] = (256, 128)
-    group_l1: float = 0.03
+    group_l1: float = 0.003
     epochs: int = 40
     batch_size: int = 64
     lr: float = 0.05

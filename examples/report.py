@@ -19,10 +19,10 @@ def introduction(task: Task, recipe: Recipe) -> str:
     return (
         f"\n{task.description}.\n"
         "A small network is trained twice from the same start on the same batches: by the usual loop (penalty in\n"
-        "the loss, clip_grad_norm_, torch.optim.SGD, torch.nn.Dropout) and by regfused.SGD alone (and\n"
-        "regfused.Dropout), with the same options:\n"
+        "the loss, clip_grad_norm_, torch.optim.SGD or Adam, torch.nn.Dropout) and by regfused.SGD or Adam\n"
+        "alone (and regfused.Dropout), with the same options:\n"
         f"epochs={recipe.epochs} batch_size={recipe.batch_size} lr={recipe.lr:g} momentum={recipe.momentum:g} "
-        f"max_norm={recipe.max_norm:g} seed={recipe.seed}\n"
+        f"(Adam: lr={recipe.adam_lr:g}) max_norm={recipe.max_norm:g} seed={recipe.seed}\n"
     )
 
 
@@ -64,13 +64,13 @@ def explanation(recipe: Recipe, l1: float, steps: int) -> str:
         "\nDifferences are rounding: expect about 1e-6 in float32, 1e-15 in float64. With L1 in the loss, float32 can\n"
         "reach 1e-3 and more: the penalty's gradient jumps at zero, so rounding can decide on which side a weight is.\n"
         f"One such jump moves it by up to 2*lr*l1/(1 - momentum) = {jump:.0e}, and later batches carry it to others.\n"
-        "\nProximal L1 runs at l1/(1 - momentum), the same penalty: its shrinkage is outside the momentum. The group\n"
-        "lasso shrinks rows, and zeroes whole ones. Dropout: torch and regfused draw different masks from one seed.\n"
+        "\nProximal L1 is the same penalty as L1, by a map that reaches zero. The group lasso shrinks rows, and\n"
+        "zeroes whole ones. Dropout: torch and regfused draw different masks from one seed.\n"
     )
 
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision.
-COLOURS = ["#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9"]
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442", "#999999"]
 LOOP, FUSED = "#999999", "#0072B2"
 
 
@@ -97,7 +97,7 @@ def draw_path(ax: plt.Axes, path: list[tuple[float, torch.Tensor]]) -> None:
 def draw_histograms(ax: plt.Axes, results: list[Result]) -> None:
     largest = max(result.weights["regfused"].abs().max().item() for result in results)
     # Thinner from line to line: where distributions coincide, those below still show.
-    for result, colour, width in zip(results, COLOURS, (3.5, 3.0, 2.5, 2.0, 1.6, 1.3, 1.0), strict=True):
+    for result, colour, width in zip(results, COLOURS, (3.5, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3, 1.1, 1.0), strict=True):
         weights = result.weights["regfused"].numpy()
         label = f"{result.setting.name}: {result.zeros('regfused'):.1f} % exact zeros"
         ax.hist(

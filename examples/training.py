@@ -30,6 +30,7 @@ class Setting:
     proximal: bool = False
     group_l1: float = 0.0  # on the rows of each parameter
     dropout: float = 0.0  # of the hidden units
+    adam: bool = False  # instead of SGD with momentum
 
 
 def loop_step(model, optimizer, loss_fn, inputs, targets, *, l1: float, l2: float, max_norm: float) -> None:
@@ -45,8 +46,13 @@ def loop_step(model, optimizer, loss_fn, inputs, targets, *, l1: float, l2: floa
     optimizer.step()
 
 
-def proximal_loop_step(model, optimizer, loss_fn, inputs, targets, *, lr: float, l1: float, max_norm: float) -> None:
-    """The same for proximal L1: after the step each parameter moves towards zero by lr*l1 and stops there."""
+def proximal_loop_step(
+    model, optimizer, loss_fn, inputs, targets, *, lr: float, l1: float, momentum: float, max_norm: float
+) -> None:
+    """The same for proximal L1: after the step each parameter moves towards zero and stops there.
+
+    It moves by as much as a constant gradient l1 would move it under this momentum in the long run.
+    """
     loss = loss_fn(model(inputs), targets)
     optimizer.zero_grad()
     loss.backward()
@@ -54,13 +60,13 @@ def proximal_loop_step(model, optimizer, loss_fn, inputs, targets, *, lr: float,
     optimizer.step()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(p.sign() * (p.abs() - lr * l1).clamp(min=0))
+            p.copy_(p.sign() * (p.abs() - lr / (1 - momentum) * l1).clamp(min=0))
 
 
 def group_lasso_loop_step(
-    model, optimizer, loss_fn, inputs, targets, *, lr: float, group_l1: float, max_norm: float
+    model, optimizer, loss_fn, inputs, targets, *, lr: float, group_l1: float, momentum: float, max_norm: float
 ) -> None:
-    """The same for a group lasso: after the step each row moves towards zero by lr*group_l1 and stops there."""
+    """The same for a group lasso: after the step each row moves towards zero and stops there."""
     loss = loss_fn(model(inputs), targets)
     optimizer.zero_grad()
     loss.backward()
@@ -69,7 +75,8 @@ def group_lasso_loop_step(
     with torch.no_grad():
         for p in model.parameters():
             rows = p.view(len(p), -1)
-            rows.mul_((1 - lr * group_l1 / rows.norm(dim=1, keepdim=True)).clamp(min=0))
+            threshold = lr / (1 - momentum) * group_l1
+            rows.mul_((1 - threshold / rows.norm(dim=1, keepdim=True)).clamp(min=0))
 
 
 def regfused_step(model, optimizer, loss_fn, inputs, targets) -> None:
@@ -173,6 +180,7 @@ class Recipe:
     batch_size: int = 64
     lr: float = 0.05
     momentum: float = 0.9
+    adam_lr: float = 0.003
     max_norm: float = 1.0
     seed: int = 0
 
@@ -221,28 +229,26 @@ def training_steps(
     l1, l2, proximal = setting.l1, setting.l2, setting.proximal
     loop, fused, bare = models["loop"], models["regfused"], models["bare"]
 
-    torch_sgd = torch.optim.SGD(loop.parameters(), lr=lr, momentum=momentum)
-    regfused_sgd = regfused.SGD(
-        fused.parameters(),
-        lr=lr,
-        momentum=momentum,
-        l1=l1,
-        l2=l2,
-        proximal=proximal,
-        group_l1=setting.group_l1,
-        max_norm=max_norm,
-    )
+    penalties = dict(l1=l1, l2=l2, proximal=proximal, group_l1=setting.group_l1, max_norm=max_norm)
+    if setting.adam:
+        of_torch = torch.optim.Adam(loop.parameters(), lr=recipe.adam_lr)
+        of_regfused = regfused.Adam(fused.parameters(), lr=recipe.adam_lr, **penalties)
+    else:
+        of_torch = torch.optim.SGD(loop.parameters(), lr=lr, momentum=momentum)
+        of_regfused = regfused.SGD(fused.parameters(), lr=lr, momentum=momentum, **penalties)
     never_stepped = torch.optim.SGD(bare.parameters(), lr=lr)
 
     if setting.group_l1:
-        loop_kind = partial(group_lasso_loop_step, lr=lr, group_l1=setting.group_l1, max_norm=max_norm)
+        loop_kind = partial(
+            group_lasso_loop_step, lr=lr, group_l1=setting.group_l1, momentum=momentum, max_norm=max_norm
+        )
     elif proximal:
-        loop_kind = partial(proximal_loop_step, lr=lr, l1=l1, max_norm=max_norm)
+        loop_kind = partial(proximal_loop_step, lr=lr, l1=l1, momentum=momentum, max_norm=max_norm)
     else:
         loop_kind = partial(loop_step, l1=l1, l2=l2, max_norm=max_norm)
     return {
-        "loop": partial(loop_kind, loop, torch_sgd, loss_fn),
-        "regfused": partial(regfused_step, fused, regfused_sgd, loss_fn),
+        "loop": partial(loop_kind, loop, of_torch, loss_fn),
+        "regfused": partial(regfused_step, fused, of_regfused, loss_fn),
         "bare": partial(forward_and_backward, bare, never_stepped, loss_fn),
     }
 
@@ -290,7 +296,7 @@ def regularization_path(task: Task, strengths: int, steps: int, recipe: Recipe) 
     for l1 in torch.logspace(-3.5, 0, strengths).mul(smallest_l1_without_weights(task)).tolist():
         torch.manual_seed(recipe.seed)
         model = nn.Linear(inputs.shape[1], task.outputs)
-        groups = [{"params": [model.weight], "l1": in_proximal_step(l1, 0.9)}, {"params": [model.bias]}]
+        groups = [{"params": [model.weight], "l1": l1}, {"params": [model.bias]}]
         optimizer = regfused.SGD(groups, lr=lr, momentum=0.9, proximal=True)
         for _ in range(steps):
             regfused_step(model, optimizer, task.loss_fn, inputs, targets)
@@ -305,11 +311,3 @@ def smallest_l1_without_weights(task: Task) -> float:
     nn.init.zeros_(model.bias)
     task.loss_fn(model(inputs), targets).backward()
     return 1.1 * model.weight.grad.abs().max().item()
-
-
-def in_proximal_step(l1: float, momentum: float) -> float:
-    """The `l1` of a proximal step that weighs as much as this `l1` in the loss.
-
-    Shrinkage is outside the momentum: the buffer makes 1/(1 - momentum) of a constant gradient, not of the threshold.
-    """
-    return l1 / (1 - momentum)

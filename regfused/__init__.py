@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from regfused import reference
+from regfused.adam import Adam, AdamW
 from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
 from regfused.dropout import Dropout, dropout
@@ -14,6 +15,8 @@ from regfused.sparsity import sparsity
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "Dropout",
     "build_info",
     "clip_grad_norm_",

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regfused import options
+from regfused import options, step_count
+from regfused.reference.rule import Rule
 
-# What torch can copy or keep beside momentum buffers: other optimizers' notes.
+# What torch can copy or keep beside the slots of a rule: other people's notes.
 _NOTES = (Tensor, int, float, complex, str, bytes, dict, list, tuple, type(None))
 
 
@@ -23,8 +24,8 @@ def check_outline(operation: str, state_dict: Any) -> None:
         )
 
 
-def fitting(operation: str, param_groups: list[dict[str, Any]], state_dict: Any) -> dict[str, Any]:
-    """A copy of a checkpoint that fits these groups; momentum buffers in it belong to nobody else.
+def fitting(operation: str, param_groups: list[dict[str, Any]], state_dict: Any, rule: Rule) -> dict[str, Any]:
+    """A copy of a checkpoint that fits these groups; the slots in it belong to nobody else.
 
     Raises:
         ValueError: where it does not fit.
@@ -45,12 +46,13 @@ def fitting(operation: str, param_groups: list[dict[str, Any]], state_dict: Any)
         )
     for g, (group, own) in enumerate(zip(groups, param_groups, strict=True)):
         _check_group(f"{operation}: group {g} of the checkpoint", group, own)
-    options.check_groups(operation, [{**own, **group} for group, own in zip(groups, param_groups, strict=True)])
+    _check_class(operation, groups, state_dict["state"], rule)
+    options.check_groups(operation, [{**own, **group} for group, own in zip(groups, param_groups, strict=True)], rule)
     _check_names(operation, groups, param_groups)
     state = dict(state_dict["state"])
     for name, param_id, param, group in _pairs(operation, groups, param_groups):
         if param_id in state:
-            state[param_id] = _fitting_entry(operation, name, state[param_id], param, group)
+            state[param_id] = _fitting_entry(operation, name, state[param_id], param, group, rule)
     return {**state_dict, "state": state}
 
 
@@ -104,7 +106,27 @@ def _pairs(
     return pairs
 
 
-def _fitting_entry(operation: str, name: str, entry: Any, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def _check_class(operation: str, groups: list[dict[str, Any]], state: dict[Any, Any], rule: Rule) -> None:
+    """A checkpoint of another class: its state would go unused, and ours start anew."""
+    for other in (known() for known in Rule.KNOWN):
+        if other.name == rule.name:
+            continue
+        odd = [name for name in other.options if name not in rule.options and any(name in group for group in groups)]
+        odd += [
+            slot
+            for slot in other.slots
+            if slot not in rule.slots and any(isinstance(entry, dict) and slot in entry for entry in state.values())
+        ]
+        if odd and not any(name in group for name in rule.options for group in groups):
+            raise ValueError(
+                f"{operation}: the checkpoint must be one of the rule {rule.name!r} ({', '.join(rule.options)}), "
+                f"but has {', '.join(odd)} of {other.name!r}"
+            )
+
+
+def _fitting_entry(
+    operation: str, name: str, entry: Any, param: Tensor, group: dict[str, Any], rule: Rule
+) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"{operation}: the state of {name} must be a dict, but is {_brief(entry)}")
     for key, value in entry.items():
@@ -115,11 +137,23 @@ def _fitting_entry(operation: str, name: str, entry: Any, param: Tensor, group: 
             )
         if isinstance(value, Tensor):
             _check_has_values(f"{operation}: the {key} of {name}", value, param)
-    buffer = entry.get("momentum_buffer")
-    if not isinstance(buffer, Tensor):
-        return entry
-    _check_buffer(f"{operation}: the momentum_buffer of {name}", buffer, param, group)
-    return {**entry, "momentum_buffer": _own_copy(buffer, param)}
+    fitting = dict(entry)
+    for slot in rule.slots:
+        if isinstance(entry.get(slot), Tensor):
+            _check_slot(f"{operation}: the {slot} of {name}", entry[slot], param, group, rule)
+            fitting[slot] = _own_copy(entry[slot], param)
+    if rule.counts_steps:
+        step = entry.get("step")
+        if step is None and any(entry.get(slot) is not None for slot in rule.slots):
+            raise ValueError(
+                f"{operation}: the state of {name} must have 'step' beside its slots, but has {sorted(entry)}"
+            )
+        if step is not None:
+            step_count.check(f"{operation}: the step of {name}", step, wait=True)
+            # Old checkpoints have a number.
+            kept = step.detach().clone() if isinstance(step, Tensor) else step_count.as_tensor(step, param, group)
+            fitting["step"] = kept
+    return fitting
 
 
 def _check_has_values(place: str, tensor: Tensor, param: Tensor) -> None:
@@ -137,22 +171,20 @@ def _check_has_values(place: str, tensor: Tensor, param: Tensor) -> None:
         raise ValueError(f"{place} must have values that can be copied, but is {odd}")
 
 
-def _check_buffer(place: str, buffer: Tensor, param: Tensor, group: dict[str, Any]) -> None:
-    if buffer.layout != param.layout and not options.group_allows_sparse(group):
-        raise ValueError(f"{place} must have layout {param.layout}, but has {buffer.layout}")
-    if tuple(buffer.shape) != tuple(param.shape):
-        raise ValueError(f"{place} must have shape {tuple(param.shape)}, but has {tuple(buffer.shape)}")
-    if not (buffer.is_floating_point() or buffer.is_complex()) or buffer.is_complex() != param.is_complex():
-        kind = "complex" if param.is_complex() else "real floating point"
-        raise ValueError(f"{place} must be {kind}, as dtype {param.dtype} is, but has dtype {buffer.dtype}")
+def _check_slot(place: str, slot: Tensor, param: Tensor, group: dict[str, Any], rule: Rule) -> None:
+    if slot.layout != param.layout and not options.group_allows_sparse(group, rule):
+        raise ValueError(f"{place} must have layout {param.layout}, but has {slot.layout}")
+    if tuple(slot.shape) != tuple(param.shape):
+        raise ValueError(f"{place} must have shape {tuple(param.shape)}, but has {tuple(slot.shape)}")
+    options.check_kind(place, slot, param)
 
 
 @torch.no_grad()
-def _own_copy(buffer: Tensor, param: Tensor) -> Tensor:
-    """The values of a buffer in memory of its own, in the layout of the parameter."""
-    if options.is_plain(buffer) and options.is_plain(param):
-        return torch.empty_like(param, requires_grad=False).copy_(buffer)
-    return buffer.detach().clone()
+def _own_copy(slot: Tensor, param: Tensor) -> Tensor:
+    """The values of a slot in memory of its own, in the layout of the parameter."""
+    if options.is_plain(slot) and options.is_plain(param):
+        return torch.empty_like(param, requires_grad=False).copy_(slot)
+    return slot.detach().clone()
 
 
 def _brief(value: Any) -> str:

@@ -41,6 +41,7 @@ _OFFERS = {
         "needs_norm",
         "norm",
         "numbers",
+        "stepped",
         "outcome",
         "release",
         "step",

@@ -9,42 +9,48 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from regfused import step_count
 from regfused.tracing import value_is_known
+
+if TYPE_CHECKING:
+    from regfused.reference.rule import Rule
 
 NONFINITE = ("propagate", "skip", "error")
 
-# Finite and >= 0.
-_STRENGTHS = ("lr", "momentum", "weight_decay", "l1", "l2", "group_l1")
-_SWITCHES = (
-    "nesterov",
-    "maximize",
-    "proximal",
-    "penalty_in_clip",
-    "decoupled_weight_decay",
-    "classical_momentum",
-    "differentiable",
-)
+# Options that every optimizer has; a rule has a table of its own. Strengths are finite and >= 0.
+_STRENGTHS = ("lr", "weight_decay", "l1", "l2", "group_l1")
+_SWITCHES = ("maximize", "proximal", "penalty_in_clip", "decoupled_weight_decay", "differentiable")
 _CHOICES = ("foreach", "fused")
 # One value for the whole optimizer: there is one norm, over all groups.
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
-OPTIONS = (*_STRENGTHS, "group_dim", "dampening", *_SWITCHES, *_CHOICES, *_GLOBAL)
+_SHARED = (*_STRENGTHS, "group_dim", *_SWITCHES, *_CHOICES, *_GLOBAL)
 
 # What torch says of a negative one; programs look for it. So is every phrase in parentheses at the end of a message.
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "momentum": "Invalid momentum value",
     "weight_decay": "Invalid weight_decay value",
+    "eps": "Invalid epsilon value",
 }
 
 # Schedulers come to zero by some thousand products and sums, each rounded to a part in 2^53 of rates up to about 100.
 # csrc/strength.h has the same numbers.
 _ROUNDING = 1e-12
 _ROUNDING_OF = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def names_of(rule: Rule) -> tuple[str, ...]:
+    """Every option of a group under this rule."""
+    return (*_SHARED, *rule.options)
+
+
+def strengths_of(rule: Rule) -> tuple[str, ...]:
+    return (*_STRENGTHS, *(name for name, kind in rule.options.items() if kind == "strength"))
 
 
 def number(operation: str, name: str, value: Any) -> float:
@@ -118,11 +124,12 @@ def strength(value: Any) -> Any:
     return value if value >= 0 else 0.0
 
 
-def as_it_counts(group: dict[str, Any]) -> dict[str, Any]:
+def as_it_counts(group: dict[str, Any], rule: Rule) -> dict[str, Any]:
     """The group with every `strength` as it counts in a step; the group itself where all are."""
-    if all(not isinstance(group[name], torch.Tensor) and group[name] >= 0 for name in _STRENGTHS):
+    strengths = strengths_of(rule)
+    if all(not isinstance(group[name], torch.Tensor) and group[name] >= 0 for name in strengths):
         return group
-    return {**group, **{name: strength(group[name]) for name in _STRENGTHS}}
+    return {**group, **{name: strength(group[name]) for name in strengths}}
 
 
 def check_max_norm(operation: str, value: Any) -> float:
@@ -156,20 +163,25 @@ def check_floating(operation: str, tensors: Iterable[Any]) -> None:
             )
 
 
-def check_group(operation: str, group: Mapping[str, Any], *, new: bool = False) -> None:
+def check_group(operation: str, group: Mapping[str, Any], rule: Rule, *, new: bool = False) -> None:
     """Raise ``ValueError`` for the first option of ``group`` that is not as it must be.
 
     Args:
+        operation: for messages.
+        group: a parameter group.
+        rule: of the optimizer.
         new: a strength is what somebody wrote: no scheduler has rounded it.
     """
-    for name in OPTIONS:
+    for name in names_of(rule):
         if name not in group:
             raise ValueError(f"{operation}: a parameter group must have {name!r}, but has {sorted(group)}")
-    for name in _STRENGTHS:
+    for name in strengths_of(rule):
         check_strength(operation, name, group[name], 0.0 if new else rounding(group[name]))
-    dampening = number(operation, "dampening", group["dampening"])
-    if not math.isfinite(dampening):
-        raise ValueError(f"{operation}: dampening must be finite, but got {group['dampening']}")
+    for name, kind in rule.options.items():
+        if kind == "finite" and not math.isfinite(number(operation, name, group[name])):
+            raise ValueError(f"{operation}: {name} must be finite, but got {group[name]}")
+        if kind == "fractions":
+            _check_fractions(operation, name, group[name])
     if group["max_norm"] is not None:
         max_norm = number(operation, "max_norm", group["max_norm"])
         if not max_norm >= 0:
@@ -179,24 +191,37 @@ def check_group(operation: str, group: Mapping[str, Any], *, new: bool = False) 
     check_group_dim(operation, group)
     if not isinstance(group["nonfinite"], str) or group["nonfinite"] not in NONFINITE:
         raise ValueError(f"{operation}: nonfinite must be one of {NONFINITE}, but got {group['nonfinite']!r}")
-    for name in (*_SWITCHES, *_CHOICES):
+    for name in (*_SWITCHES, *_CHOICES, *(name for name, kind in rule.options.items() if kind == "flag")):
         value = group[name]
         if not isinstance(value, bool | int) and not (value is None and name in _CHOICES):
             raise ValueError(f"{operation}: {name} must be True or False, but got {value!r}")
+    rule.check(operation, group)
 
 
-def warn_of_misspelt(operation: str, group: Mapping[str, Any]) -> None:
+def _check_fractions(operation: str, name: str, pair: Any) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{operation}: {name} must be a pair of numbers, but got {pair!r}")
+    for i, value in enumerate(pair):
+        if not 0 <= number(operation, f"{name}[{i}]", value) < 1:
+            raise ValueError(
+                f"{operation}: {name}[{i}] must be >= 0 and < 1, but got {value} "
+                f"(Invalid beta parameter at index {i}: {value})"
+            )
+
+
+def warn_of_misspelt(operation: str, group: Mapping[str, Any], rule: Rule) -> None:
     """Warn of names in a new group that look like misspelt options.
 
     Schedulers and people keep notes of their own in a group, such as ``initial_lr`` or ``use_weight_decay``: a name
     with an option's whole name among its words is one.
     """
+    options = names_of(rule)
     for name in group:
-        if name in OPTIONS or name in ("params", "param_names") or not isinstance(name, str):
+        if name in options or name in ("params", "param_names") or not isinstance(name, str):
             continue
         words = f"_{name}_"
-        meant = difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.85)
-        if meant and not any(f"_{option}_" in words for option in OPTIONS):
+        meant = difflib.get_close_matches(name.lower(), options, n=1, cutoff=0.85)
+        if meant and not any(f"_{option}_" in words for option in options):
             warnings.warn(
                 f"{operation}: {name!r} is not an option and does nothing; did you mean {meant[0]!r}?",
                 stacklevel=stacklevel_of_the_caller(),
@@ -236,36 +261,29 @@ def check_dim(operation: str, name: str, dim: int, tensor: torch.Tensor, place: 
         )
 
 
-def check_construction(operation: str, group: Mapping[str, Any]) -> None:
+def check_construction(operation: str, group: Mapping[str, Any], rule: Rule) -> None:
     """`check_group`, and what torch asks of a new group only: schedulers may pass through the rest."""
-    check_group(operation, group, new=True)
-    if group["nesterov"] and (_value(group["momentum"]) == 0 or _value(group["dampening"]) != 0):
-        raise ValueError(
-            f"{operation}: nesterov demands a momentum and zero dampening, "
-            f"but got momentum={group['momentum']} and dampening={group['dampening']} "
-            "(Nesterov momentum requires a momentum and zero dampening)"
-        )
-    if group["classical_momentum"] and _value(group["dampening"]) != 0:
-        raise ValueError(f"{operation}: classical_momentum has no dampening, but got dampening={group['dampening']}")
+    check_group(operation, group, rule, new=True)
+    rule.check_construction(operation, group)
     if group["fused"] and group["foreach"]:
         raise RuntimeError(f"{operation}: `fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError(f"{operation}: `fused` does not support `differentiable`")
 
 
-def _value(option: Any) -> Any:
+def value_of(option: Any) -> Any:
     """What an option that was checked is compared by: a tensor by its number."""
     return option.item() if isinstance(option, torch.Tensor) else option
 
 
-def check_groups(operation: str, groups: Iterable[Mapping[str, Any]]) -> None:
+def check_groups(operation: str, groups: Iterable[Mapping[str, Any]], rule: Rule) -> None:
     """`check_group` for each, and that they agree where there is one value for the optimizer."""
     first: Mapping[str, Any] | None = None
     for group in groups:
-        check_group(operation, group)
+        check_group(operation, group, rule)
         first = group if first is None else first
         for name in _GLOBAL:
-            if _value(group[name]) != _value(first[name]):
+            if value_of(group[name]) != value_of(first[name]):
                 raise ValueError(
                     f"{operation}: {name} must be the same in every parameter group, for there is one norm over all, "
                     f"but got {first[name]!r} and {group[name]!r}"
@@ -319,8 +337,18 @@ def _in_class(cls: type, name: str) -> Any:
     return next(base.__dict__[name] for base in cls.__mro__ if name in base.__dict__)
 
 
-def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
-    """Raise ``ValueError`` for a momentum buffer that does not fit its parameter."""
+def check_state(
+    operation: str, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any], rule: Rule, *, wait: bool = False
+) -> None:
+    """Raise ``ValueError`` for a slot that does not fit its parameter, or a number of steps that is none.
+
+    Args:
+        operation: for messages.
+        groups: parameter groups, checked before.
+        state: of the optimizer.
+        rule: of the optimizer.
+        wait: look at values also where the host has to wait for a device.
+    """
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             if param not in state:
@@ -331,33 +359,50 @@ def check_momentum_buffers(operation: str, groups: Iterable[Mapping[str, Any]], 
                     f"{operation}: the state of parameter {i} of group {g} must be a dict, "
                     f"but is a {type(entry).__name__}"
                 )
-            buffer = entry.get("momentum_buffer")
-            if buffer is None:
-                continue
-            place = f"{operation}: the momentum_buffer of parameter {i} of group {g}"
-            if not isinstance(buffer, torch.Tensor):
-                raise ValueError(f"{place} must be a tensor, but got {type(buffer).__name__}")
-            if not (buffer.is_floating_point() or buffer.is_complex()) or buffer.is_complex() != param.is_complex():
-                kind = "complex" if param.is_complex() else "real floating point"
-                raise ValueError(f"{place} must be {kind}, as dtype {param.dtype} is, but has dtype {buffer.dtype}")
-            for name in ("shape", "device", "layout"):
-                demanded, got = getattr(param, name), getattr(buffer, name)
-                # After a sparse gradient torch keeps a sparse buffer.
-                if demanded != got and not (name == "layout" and group_allows_sparse(group)):
-                    demanded, got = (tuple(x) if name == "shape" else x for x in (demanded, got))
-                    raise ValueError(f"{place} must have {name} {demanded}, but has {got}")
+            for slot in rule.slots:
+                if entry.get(slot) is not None:
+                    _check_slot(
+                        f"{operation}: the {slot} of parameter {i} of group {g}", entry[slot], param, group, rule
+                    )
+            if rule.counts_steps and entry.get("step") is not None:
+                place = f"{operation}: the step of parameter {i} of group {g}"
+                step_count.check(place, entry["step"], wait=wait)
+                if group["differentiable"] and isinstance(entry["step"], torch.Tensor) and entry["step"].requires_grad:
+                    raise RuntimeError(
+                        f"{place} must not require grad (`requires_grad` is not supported for `step` in differentiable "
+                        "mode)"
+                    )
 
 
-def group_allows_sparse(group: Mapping[str, Any]) -> bool:
+def _check_slot(place: str, slot: Any, param: torch.Tensor, group: Mapping[str, Any], rule: Rule) -> None:
+    if not isinstance(slot, torch.Tensor):
+        raise ValueError(f"{place} must be a tensor, but got {type(slot).__name__}")
+    check_kind(place, slot, param)
+    for name in ("shape", "device", "layout"):
+        demanded, got = getattr(param, name), getattr(slot, name)
+        # After a sparse gradient torch keeps a sparse buffer.
+        if demanded != got and not (name == "layout" and group_allows_sparse(group, rule)):
+            demanded, got = (tuple(x) if name == "shape" else x for x in (demanded, got))
+            raise ValueError(f"{place} must have {name} {demanded}, but has {got}")
+
+
+def check_kind(place: str, slot: torch.Tensor, param: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless a slot is complex as its parameter is, or real floating point."""
+    if not (slot.is_floating_point() or slot.is_complex()) or slot.is_complex() != param.is_complex():
+        kind = "complex" if param.is_complex() else "real floating point"
+        raise ValueError(f"{place} must be {kind}, as dtype {param.dtype} is, but has dtype {slot.dtype}")
+
+
+def group_allows_sparse(group: Mapping[str, Any], rule: Rule) -> bool:
     """Whether every option is one under which torch's for-loop takes a sparse gradient."""
     return (
-        not group["fused"]
+        rule.allows_sparse(group)
+        and not group["fused"]
         and float(strength(group["l1"])) == 0
         and float(strength(group["l2"])) == 0
         and float(strength(group["group_l1"])) == 0
         and float(strength(group["weight_decay"])) == 0
         and group["max_norm"] is None
         and group["nonfinite"] == "propagate"
-        and not group["classical_momentum"]
         and not group["differentiable"]
     )

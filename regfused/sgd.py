@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
-
-from regfused import extension, options, reference
-from regfused.reference import step
-from regfused.tracing import value_is_known, values_are_known
+from regfused import reference
+from regfused.optimizer import Fused
 
 
-def _check(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-    """Called by the plan when something is odd, to say what."""
-    options.check_groups("SGD.step", param_groups)
-    options.check_momentum_buffers("SGD.step", param_groups, state)
-
-
-class SGD(reference.SGD):
+class SGD(Fused, reference.SGD):
     r"""Stochastic gradient descent with elastic-net penalties, clipping, momentum and weight decay in one fused step.
 
     A drop-in for ``torch.optim.SGD``. For each parameter ``p`` with gradient ``g``, the old ``p`` on all right-hand
@@ -33,7 +21,13 @@ class SGD(reference.SGD):
         b  = momentum*b + (1 - dampening)*d            afterwards
         u  = d + momentum*b (nesterov) | b (momentum) | d
         p  = p - lr*u
-        w  = w * max(1 - lr*group_l1/||w||, 0)         for each slice w of p along group_dim, after all this
+        p  = sign(p)*max(|p| - k*lr*l1, 0) / (1 + 2*k*lr*l2)     proximal only; l1 and l2 are not in h then
+        w  = w * max(1 - k*lr'*group_l1/||w||, 0)      for each slice w of p along group_dim, after all this
+
+    ``k`` is what momentum makes of a direction that stays: 1 without momentum, ``G = (1 - dampening)/(1 - momentum)``
+    with it, ``1 + momentum*G`` under nesterov, ``1/(1 - momentum)`` under classical momentum. So the steps come to rest
+    at the minimum of ``loss + l1*sum|p| + l2*sum(p^2) + group_l1*sum||w||``, whatever the momentum and whether
+    ``proximal`` or not. ``lr'`` is ``lr``, or ``lr/(1 + 2*k*lr*l2)`` after a proximal map.
 
     So ``SGD(params, lr, momentum, weight_decay, l1=.., l2=.., max_norm=..)`` gives the weights of a loop that adds
     ``l1*sum(p.abs().sum()) + l2*sum(p.pow(2).sum())`` to the loss, calls ``clip_grad_norm_`` and steps
@@ -61,18 +55,17 @@ class SGD(reference.SGD):
         nesterov: Nesterov momentum; demands ``momentum > 0`` and ``dampening = 0``.
         l1: strength of ``sum|p|``, >= 0. Per group.
         l2: strength of ``sum(p^2)``, >= 0. Per group.
-        proximal: ``l1`` and ``l2`` leave ``h``; after the update
-            ``p = sign(p)*max(|p| - lr*l1, 0) / (1 + 2*lr*l2)``, which makes exact zeros (soft thresholding, ISTA:
-            Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014). Momentum does not amplify it:
-            an ``l1`` in the loss acts, in the long run, as ``l1 / (1 - momentum)`` does here.
+        proximal: ``l1`` and ``l2`` leave ``h``; the proximal map after the update makes exact zeros (soft thresholding,
+            ISTA: Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014). Demands
+            ``momentum < 1`` and ``dampening <= 1``.
         group_l1: strength of the group lasso ``sum ||w||`` over the slices ``w = p.select(group_dim, i)``, >= 0: its
             proximal map, with ``proximal`` or without, after everything else has been done to ``p`` and on ``p`` as it
-            is stored. A slice whose L2 norm is not above ``lr*group_l1`` becomes exactly zero, the others keep their
+            is stored. A slice whose L2 norm is not above ``k*lr'*group_l1`` becomes exactly zero, the others keep their
             direction (Yuan and Lin, Model selection and estimation in regression with grouped variables, 2006). With
             ``l1`` and ``proximal`` it is the sparse group lasso, elements first (Simon, Friedman, Hastie, Tibshirani, A
             sparse-group lasso, 2013). All slices of a parameter have one size; who weighs groups by the square root of
-            theirs writes it into ``group_l1``. Momentum does not amplify it; a NaN makes its slice NaN; with
-            ``lr = 0`` nothing moves. Not part of ``stats.penalty``. Per group.
+            theirs writes it into ``group_l1``. Demands ``momentum < 1`` and ``dampening <= 1``. A NaN
+            makes its slice NaN; with ``lr = 0`` nothing moves. Not part of ``stats.penalty``. Per group.
         group_dim: dimension of the slices, negative from the back: 0 has the rows of a ``Linear`` weight (outputs) or
             the filters of a convolution, 1 the columns (inputs). Where ``group_l1`` is not 0, every parameter of the
             group must have it; one without dimensions is one slice. Per group.
@@ -108,75 +101,3 @@ class SGD(reference.SGD):
         >>> float(optimizer.stats.clip_coef) <= 1
         True
     """
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["fused"]:
-            problem = _why_not_fused(group["params"])
-            if problem:
-                self.param_groups.pop()
-                raise RuntimeError(f"SGD: fused=True demands {problem}")
-
-    def _step(self) -> None:
-        if torch.compiler.is_compiling():
-            return _step_outside_of_the_graph(self)
-        # What kernels write, no mode, tracer or transform sees.
-        if extension.C is None or extension.C.is_watched():
-            return super()._step()
-        plan = self.__dict__.get("_plan")
-        if plan is None:
-            plan = self._plan = self._last.counting = extension.C.StepPlan(_check)
-        grad_scale = self.__dict__.get("grad_scale")
-        if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
-            last = self._last
-            if last.kernels is not plan or last.record is not None:
-                last.by_kernels(plan, plan.outcome)
-        else:
-            try:
-                if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
-                    return super()._step()
-                self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
-            finally:
-                plan.release()
-
-    def _step_with_leftovers(self, plan: Any, grad_scale: float | None) -> None:
-        """The rest of a step in which some tensors are not for the kernels: one norm over both, one coefficient."""
-        norm_type = float(self.param_groups[0]["norm_type"])
-        options.check_momentum_buffers("SGD.step", self.param_groups, self.state)
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            params = [(g, i, self.param_groups[g], param) for g, i, param in plan.leftover]
-            entries = step.collect(params, grad_scale, "SGD.step", self.state)
-            grad_norm = math.nan
-            if plan.needs_norm:
-                grad_norm = float(step.norm(entries, norm_type, [plan.norm()] if plan.tensors else []))
-            if not plan.judge(grad_norm):
-                self._last.by_kernels(plan, plan.outcome)
-                return
-            update = step.Update(entries, self.state, plan.clip_coef)
-            update.record.judged = False
-            update.commit(plan.update)
-            self._last.by_kernels(plan, plan.outcome, update.record)
-
-
-@torch.compiler.disable
-def _step_outside_of_the_graph(optimizer: SGD) -> None:
-    """A graph break: in a compiled training step the plan runs as in eager mode."""
-    optimizer._step()
-
-
-def _why_not_fused(params: list[torch.Tensor]) -> str:
-    if extension.C is None:
-        return f"the compiled part of regfused, but {extension.why_missing}"
-    for i, param in enumerate(params):
-        if not value_is_known(param):
-            continue  # it may get memory, and a device, before the first step
-        if not extension.kernels_take(param) or not options.is_plain(param):
-            plain = "" if options.is_plain_class(type(param)) else f" of class {type(param).__name__}"
-            return (
-                "dense float32, float64, bfloat16 or float16 parameters on "
-                f"{' or '.join(extension.DEVICES)}, but parameter "
-                f"{i} of the group is {param.layout}, {param.dtype}, on {param.device}{plain} "
-                "(`fused=True` requires all the params to be floating point Tensors of supported devices)"
-            )
-    return ""

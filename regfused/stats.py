@@ -19,8 +19,12 @@ Number = float | Tensor
 class Numbers(Protocol):
     """What a plan of the compiled part says of the last step of its kernels."""
 
-    def numbers(self) -> tuple[Number | None, Number, Number, Number, Number, Number]:
-        """grad_norm or None, clip_coef, penalty, how many exact zeros, among how many elements, skipped steps."""
+    def numbers(self) -> tuple[Number | None, Number, Number, Number]:
+        """grad_norm or None, clip_coef, penalty, skipped steps."""
+        ...
+
+    def stepped(self) -> list[tuple[int, int]]:
+        """Group and index of each tensor that the last step that was not skipped has updated."""
         ...
 
 
@@ -40,9 +44,7 @@ class Record:
     grad_norm: Number | None = None  # None: nothing asked for it
     clip_coef: Number = 1.0
     penalties: list[Part] = field(default_factory=list)
-    zeros: Number = 0.0  # that were counted already, among so many elements
-    numel: Number = 0.0
-    stepped: list[tuple[int, int]] = field(default_factory=list)  # group and index of tensors still to be looked at
+    stepped: list[tuple[int, int]] = field(default_factory=list)  # group and index of each tensor
 
 
 @dataclass
@@ -85,13 +87,13 @@ class LastStep:
         return LastStep(record=self._merged() if self.was_taken else None, skipped=self._skipped())
 
     def _skipped(self) -> Number:
-        return self.skipped if self.counting is None else self.skipped + self.counting.numbers()[5]
+        return self.skipped if self.counting is None else self.skipped + self.counting.numbers()[3]
 
     def _merged(self) -> Record:
         record = self.record or Record(judged=self.kernels is None)
         if self.kernels is None:
             return record
-        grad_norm, clip_coef, penalty, zeros, numel, _ = self.kernels.numbers()
+        grad_norm, clip_coef, penalty, _ = self.kernels.numbers()
         if record.judged:
             grad_norm, clip_coef = record.grad_norm, record.clip_coef
         return replace(
@@ -100,8 +102,7 @@ class LastStep:
             grad_norm=grad_norm,
             clip_coef=clip_coef,
             penalties=[Part(_tensor(penalty)), *record.penalties],
-            zeros=record.zeros + zeros,
-            numel=record.numel + numel,
+            stepped=[*self.kernels.stepped(), *record.stepped],
         )
 
 
@@ -114,15 +115,16 @@ class Stats:
     ``clip_coef``      factor by which the clip scaled it; 0 for a step skipped by ``nonfinite="skip"``
     ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step; without the group lasso. Its
                        last digits depend on the instruction set, for rows are added up in the type of arithmetic
-    ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, after the step
-                       and the group lasso; parameters with a sparse gradient are not looked through
+    ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, as they are when this is
+                       read for the first time; parameters with a sparse gradient are not looked through
     ``skipped``        how many steps so far left no trace, by ``nonfinite="skip"`` or an AMP overflow
 
-    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped. Where CUDA kernels made the step,
+    ``penalty`` and ``zero_fraction`` are those of the last step that was not skipped (where a device decides by itself,
+    ``zero_fraction`` is of the parameters of the last step that it was given). Where CUDA kernels made the step,
     the tensors are on their device, and reading the stats does not wait for it.
 
-    Zeros of tensors that were stepped in pure PyTorch are counted when the optimizer's ``stats`` are asked for, in the
-    parameters as they are then. Of sharded parameters (DTensor) each rank has its share of ``penalty`` and
+    No step counts zeros: reading ``zero_fraction`` costs a pass over the parameters, the other numbers cost none. Of
+    sharded parameters (DTensor) each rank has its share of ``penalty`` and
     ``zero_fraction``: reading one of the two adds up the shares in a collective operation, in which every rank has to
     take part. The other numbers need none.
     """
@@ -142,14 +144,9 @@ class Stats:
         self._was_taken = was_taken
         self._has_norm = record.grad_norm is not None
         self._penalties = record.penalties
-        self._zeros = [Part(_tensor(record.zeros))]
-        numel = record.numel
         params = {(g, i): p for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])}
-        for place in record.stepped:
-            if place in params:  # it may have gone since
-                self._zeros.append(_zeros_of(params[place]))
-                numel = numel + params[place].numel()
-        self._numel = _tensor(numel)
+        # One that was stepped may have gone since.
+        self._stepped = [params[place] for place in record.stepped if place in params]
 
     @cached_property
     def penalty(self) -> Tensor:
@@ -157,8 +154,8 @@ class Stats:
 
     @cached_property
     def zero_fraction(self) -> Tensor:
-        zeros = whole_sum((part.value, part.shards) for part in self._zeros)
-        return zeros / self._numel.to(zeros.device).clamp(min=1)
+        zeros = whole_sum((part.value, part.shards) for part in map(_zeros_of, self._stepped))
+        return zeros / max(sum(param.numel() for param in self._stepped), 1)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (getattr(self, name) for name in self.FIELDS)

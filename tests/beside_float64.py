@@ -63,7 +63,8 @@ class Beside:
         if storage > arithmetic:
             # The group lasso takes this away of what was rounded to storage before.
             groups = [group for group in self.ours.param_groups if group.get("group_l1")]
-            shrunk = max((float(group["lr"]) * group["group_l1"] for group in groups), default=0.0)
+            gains = [1 / (1 - group.get("momentum", 0)) for group in groups]  # at most
+            shrunk = max((k * float(g["lr"]) * g["group_l1"] for k, g in zip(gains, groups, strict=True)), default=0.0)
             bound = bound + storage * (2 * shrunk + (3 if shrunk else 1) * want.detach().abs())
         wrong = (wide(got) - want.detach()).abs() > bound
         assert got.shape == want.shape and not wrong.any(), (

@@ -1,4 +1,4 @@
-"""Cases of an SGD step as data, and the oracle they are held to: the formula in float64, element by element."""
+"""Cases of a step as data, and the oracle they are held to: the formula in float64, element by element."""
 
 from __future__ import annotations
 
@@ -104,6 +104,54 @@ DEFAULTS = {
 }
 
 
+# Every option of Adam's, alone and in company.
+ADAM_OPTIONS = {
+    "plain": {},
+    "lr zero": {"lr": 0.0, "l1": 0.1, "weight_decay": 0.1, "proximal": True},
+    "betas": {"betas": (0.5, 0.9)},
+    "no memory": {"betas": (0.0, 0.0)},
+    "eps": {"eps": 0.5},
+    "weight decay": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.3, "decoupled_weight_decay": True, "l2": 0.1},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.01},
+    "maximize": {"maximize": True, "l1": 0.05, "l2": 0.02, "max_norm": 0.7},
+    "l1": {"l1": 0.3},
+    "l2": {"l2": 0.3},
+    "elastic net": {"l1": 0.1, "l2": 0.2},
+    "clip": {"max_norm": 0.5},
+    "measured, not clipped": {"max_norm": math.inf},
+    "clip, norm 1": {"max_norm": 0.5, "norm_type": 1.0, "l2": 0.1},
+    "clip, norm inf": {"max_norm": 0.5, "norm_type": math.inf, "l1": 0.1},
+    "elastic net in the clip": {"weight_decay": 0.01, "l1": 0.2, "l2": 0.1, "max_norm": 1.0},
+    "elastic net outside": {"l1": 0.2, "l2": 0.1, "max_norm": 1.0, "penalty_in_clip": False},
+    "proximal l1": {"l1": 0.5, "proximal": True, "max_norm": 1.0},
+    "proximal elastic net": {"l1": 0.2, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
+    "decoupled proximal": {"l1": 3.0, "l2": 0.5, "proximal": True, "decoupled_proximal": True},
+    "group lasso": {"group_l1": 3.0, "decoupled_proximal": True, "max_norm": 1.0},
+    "everything": {
+        "weight_decay": 0.05,
+        "l1": 0.3,
+        "l2": 0.3,
+        "proximal": True,
+        "max_norm": 1.0,
+        "norm_type": 1.0,
+        "decoupled_weight_decay": True,
+        "amsgrad": True,
+        "maximize": True,
+        "nonfinite": "error",
+    },
+}
+
+_OF_SGD_ALONE = ("momentum", "dampening", "nesterov", "classical_momentum")
+ADAM_DEFAULTS = {
+    **{name: value for name, value in DEFAULTS.items() if name not in _OF_SGD_ALONE},
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "amsgrad": False,
+    "decoupled_proximal": False,
+}
+
+
 def with_defaults(options: dict) -> dict:
     return {"lr": DEFAULTS["lr"], **options}
 
@@ -185,21 +233,81 @@ def shrink_groups(p, threshold, dim) -> torch.Tensor:
     return scale_slices(p, dim, lambda norm: 1 if threshold == 0 else 0 if norm <= threshold else 1 - threshold / norm)
 
 
+class SgdMove:
+    """What SGD makes of d, in float64: state is the momentum buffer, or nothing at a first gradient."""
+
+    options, defaults = OPTIONS, DEFAULTS
+
+    @staticmethod
+    def gain(o):
+        """u in the long run, for d = 1, by the formula of the buffer run until it rests."""
+        b = u = 1.0
+        for _ in range(2000):
+            b = o["momentum"] * b + (1 - (0 if o["classical_momentum"] else o["dampening"]))
+            u = 1 + o["momentum"] * b if o["nesterov"] else b
+        return u if o["momentum"] else 1.0
+
+    @staticmethod
+    def move(d, state, o):
+        if o["classical_momentum"]:
+            d = o["lr"] * d
+        u = d
+        if o["momentum"] != 0:
+            b = state.get("momentum_buffer")
+            if b is None:
+                b = d
+            elif o["classical_momentum"]:
+                b = o["momentum"] * b + d
+            else:
+                b = o["momentum"] * b + (1 - o["dampening"]) * d
+            state = {"momentum_buffer": b}
+            u = d + o["momentum"] * b if o["nesterov"] else b
+        return (u if o["classical_momentum"] else o["lr"] * u), o["lr"], state
+
+
+class AdamMove:
+    """What Adam makes of d, in float64."""
+
+    options, defaults = ADAM_OPTIONS, ADAM_DEFAULTS
+
+    @staticmethod
+    def gain(o):
+        return 1.0
+
+    @staticmethod
+    def move(d, state, o):
+        (beta1, beta2), zero = o["betas"], torch.zeros_like(d)
+        t = float(state.get("step", 0)) + 1
+        m = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d
+        v = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * d * d
+        new = {"step": torch.tensor(t, dtype=torch.float64), "exp_avg": m, "exp_avg_sq": v}
+        if o["amsgrad"]:
+            v = new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", zero), v)
+        length = o["lr"] / (torch.sqrt(v / (1 - beta2**t)) + o["eps"])
+        return length * m / (1 - beta1**t), o["lr"] if o["decoupled_proximal"] else length, new
+
+
+def move_of(make_optimizer):
+    """The witness of an optimizer's rule."""
+    return AdamMove if issubclass(make_optimizer, torch.optim.Adam) else SgdMove
+
+
 class Oracle:
     """The formula in float64 for one parameter group, as straight as it can be written.
 
     ``dtype`` is what parameters are rounded to before the group lasso looks at them.
     """
 
-    def __init__(self, options: dict, dtype=torch.float64):
-        self.o = {**DEFAULTS, **options}
+    def __init__(self, options: dict, dtype=torch.float64, rule=SgdMove):
+        self.o = {**rule.defaults, **options}
+        self.rule = rule
         self.dtype = dtype
 
     def penalty_gradient(self, p):
         return self.o["l1"] * torch.sign(p) + 2 * self.o["l2"] * p
 
-    def step(self, params, grads, buffers):
-        """New parameters and buffers from old ones (float64 lists; a buffer may be None); also N and c."""
+    def step(self, params, grads, states):
+        """New parameters and states from old ones (lists of float64; a state may be {}); also N and c."""
         o = self.o
         gs = [-g if o["maximize"] else g for g in grads]
         inside = o["penalty_in_clip"] and not o["proximal"]
@@ -212,35 +320,29 @@ class Oracle:
         else:
             norm = everything.abs().max().item() if everything.numel() else 0.0
         c = 1.0 if o["max_norm"] is None else min(1.0, o["max_norm"] / (norm + 1e-6))
-        new_params, new_buffers = [], []
-        for p, h, b in zip(params, hs, buffers, strict=True):
+        new_params, new_states = [], []
+        for p, h, state in zip(params, hs, states, strict=True):
             d = c * h
             if not o["penalty_in_clip"] and not o["proximal"]:
                 d = d + self.penalty_gradient(p)
             if not o["decoupled_weight_decay"]:
                 d = d + o["weight_decay"] * p
-            if o["classical_momentum"]:
-                d = o["lr"] * d
-            u = d
-            if o["momentum"] != 0:
-                if b is None:
-                    b = d
-                elif o["classical_momentum"]:
-                    b = o["momentum"] * b + d
-                else:
-                    b = o["momentum"] * b + (1 - o["dampening"]) * d
-                u = d + o["momentum"] * b if o["nesterov"] else b
+            move, length, state = self.rule.move(d, state, o)
             if o["decoupled_weight_decay"]:
                 p = p * (1 - o["lr"] * o["weight_decay"])
-            p = p - u if o["classical_momentum"] else p - o["lr"] * u
+            p = p - move
+            if o["proximal"] or o["group_l1"] != 0:
+                length = self.rule.gain(o) * length
             if o["proximal"]:
-                shrunk = torch.maximum(p.abs() - o["lr"] * o["l1"], torch.zeros_like(p))
-                p = torch.sign(p) * shrunk / (1 + 2 * o["lr"] * o["l2"])
+                shrunk = torch.maximum(p.abs() - length * o["l1"], torch.zeros_like(p))
+                p = torch.sign(p) * shrunk / (1 + 2 * length * o["l2"])
             if o["group_l1"] != 0:
-                p = shrink_groups(p.to(self.dtype).double(), o["lr"] * o["group_l1"], o["group_dim"])
+                if o["proximal"]:
+                    length = length / (1 + 2 * length * o["l2"])
+                p = shrink_groups(p.to(self.dtype).double(), length * o["group_l1"], o["group_dim"])
             new_params.append(p)
-            new_buffers.append(b)
-        return new_params, new_buffers, norm, c
+            new_states.append(state)
+        return new_params, new_states, norm, c
 
 
 def check_against_oracle(make_optimizer, params, options, steps=3):
@@ -251,7 +353,7 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
     """
     optimizer = make_optimizer(params, **with_defaults(options))
     dtype = params[0].dtype
-    oracle = Oracle(with_defaults(options), dtype)
+    oracle = Oracle(with_defaults(options), dtype, move_of(make_optimizer))
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(dtype).eps / 2
     for step in range(steps):
@@ -261,26 +363,35 @@ def check_against_oracle(make_optimizer, params, options, steps=3):
         live = [p for p in params if p.grad is not None]
         old = [p.detach().double().clone() for p in live]
         grads = [p.grad.double().clone() for p in live]
-        state = [optimizer.state.get(p, {}).get("momentum_buffer") for p in live]
-        buffers = [None if b is None else b.double().clone() for b in state]
+        states = [{name: x.double().clone() for name, x in optimizer.state.get(p, {}).items()} for p in live]
         raw_grads = [p.grad.clone() for p in live]
         optimizer.step()
-        want, want_buffers, norm, c = oracle.step(old, grads, buffers)
+        want, want_states, norm, c = oracle.step(old, grads, states)
+        # Where d is about 0 what rounding makes of it decides about Adam's move, which has a size all the same.
+        rounded = [4 * arithmetic * (4 + g.abs()) if oracle.rule is AdamMove else 0 * g for g in grads]
+        up, down = (
+            oracle.step(old, [g + sign * x for g, x in zip(grads, rounded, strict=True)], states)[0] for sign in (1, -1)
+        )
         for i, p in enumerate(live):
             assert torch.equal(p.grad, raw_grads[i]), "the gradient was written"
             pairs = [("param", p.detach(), want[i])]
-            if options.get("momentum", 0) != 0:
-                pairs.append(("momentum_buffer", optimizer.state[p]["momentum_buffer"], want_buffers[i]))
+            assert optimizer.state.get(p, {}).keys() == want_states[i].keys()
+            if "step" in want_states[i]:
+                assert optimizer.state[p]["step"] == want_states[i].pop("step")
+            pairs += [(name, optimizer.state[p][name], slot) for name, slot in want_states[i].items()]
             scale = 4 + old[i].abs().max().item() + grads[i].abs().max().item() if p.numel() else 1
             for name, got, expected in pairs:
                 assert got.dtype == dtype and got.shape == expected.shape
                 bound = 16 * arithmetic * scale + (storage if storage > arithmetic else 0) * expected.abs()
                 # Half the spacing of subnormals, below which a relative bound means nothing.
                 bound = bound + torch.finfo(dtype).smallest_normal * storage
+                if name == "param":
+                    bound = bound + (up[i] - down[i]).abs()
                 if name == "param" and storage > arithmetic:
-                    # The group lasso takes away lr*group_l1 at most of what was rounded to storage before, where the
+                    # The group lasso takes away k*lr*group_l1 at most of what was rounded to storage before, where the
                     # oracle may have come down on the other side of a tie.
-                    bound = bound + 2 * storage * oracle.o["lr"] * oracle.o["group_l1"]
+                    gain = oracle.rule.gain(oracle.o)
+                    bound = bound + 2 * storage * gain * oracle.o["lr"] * oracle.o["group_l1"]
                     bound = bound + (2 * storage if oracle.o["group_l1"] else 0) * expected.abs()
                 wrong = (got.double() - expected).abs() > bound
                 assert not wrong.any(), (

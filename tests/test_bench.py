@@ -22,7 +22,8 @@ from benchmarks import clip_jobs, cpu_targets, dropout_jobs, models, penalty_job
 
 ROOT = Path(__file__).parents[1]
 JOBS = {
-    "sgd": step_jobs.JOBS,
+    "sgd": step_jobs.jobs_of("sgd"),
+    "adam": step_jobs.jobs_of("adam"),
     "penalty": penalty_jobs.JOBS,
     "clip": clip_jobs.JOBS,
     "dropout": dropout_jobs.JOBS,
@@ -38,8 +39,8 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("stem", JOBS)
 def test_every_arm_is_timed_and_does_the_same_job(stem, tmp_path):
     """One test for each command, because starting it takes most of the time."""
-    bench = {"sgd": "step"}.get(stem, stem)
-    command = [sys.executable, "-m", f"benchmarks.bench_{bench}", *SMALL[stem], "--seconds", "1"]
+    bench = ["step", "--optimizer", stem] if stem in step_jobs.OPTIMIZERS else [stem]
+    command = [sys.executable, "-m", f"benchmarks.bench_{bench[0]}", *bench[1:], *SMALL[stem], "--seconds", "1"]
     # Threads that wait for each other would make it long on a busy machine.
     command += ["--threads", "1", "--roofline-mib", "16", "--out", str(tmp_path)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -166,8 +166,8 @@ def test_python_asks_for_nothing_that_is_not_checked():
     for path in Path(regfused.__file__).parent.glob("*.py"):
         used |= set(re.findall(r"\bC\.([A-Za-z_]+)", path.read_text()))
     assert used - {"__file__"} <= set(extension._OFFERS[""])
-    plan = set(re.findall(r"\bplan\.([a-z_]+)", (Path(regfused.__file__).parent / "sgd.py").read_text()))
-    assert plan | {"numbers"} == set(extension._OFFERS["StepPlan"])
+    plan = set(re.findall(r"\bplan\.([a-z_]+)", (Path(regfused.__file__).parent / "optimizer.py").read_text()))
+    assert plan | {"numbers", "stepped"} == set(extension._OFFERS["StepPlan"])
 
 
 def test_a_source_distribution_holds_all_sources(tmp_path):
@@ -234,7 +234,9 @@ def test_kernels_leave_no_code_for_the_linker_to_share(isa):
         assert not [s for s in shared if f"regfused::{isa}::" not in s], shared
 
 
-@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.penalties", "regfused.sparsity", "regfused.stats"))
+@pytest.mark.parametrize(
+    "module", ("regfused.sgd", "regfused.adam", "regfused.penalties", "regfused.sparsity", "regfused.stats")
+)
 def test_examples_in_docstrings(module):
     loaded = importlib.import_module(module)
     result = doctest.testmod(loaded, extraglobs={"regfused": regfused, "torch": torch})

@@ -31,9 +31,11 @@ REGISTERS = {
     },
     "step_launch.cu": {
         **{f"step_norm_kernel<{room}, false>": 64 for room in ROOMS},
-        **{f"step_kernel<{room}, false>": 64 for room in ROOMS},
+        **{f"step_kernel<{room}, Sgd, false>": 64 for room in ROOMS},
+        # With four arrays and more, 768 threads have as many accesses in flight.
+        **{f"step_kernel<{room}, Adam, false>": 80 for room in ROOMS},
         **{f"step_norm_kernel<{room}, true>": 128 for room in ROOMS},
-        **{f"step_kernel<{room}, true>": 128 for room in ROOMS},
+        **{f"step_kernel<{room}, {rule}, true>": 128 for room in ROOMS for rule in ("Sgd", "Adam")},
         **{f"upload_kernel<{room}>": 64 for room in ROOMS},
     },
     "slice_launch.cu": {
@@ -57,13 +59,23 @@ WIDE = {
     },
     "step_launch.cu": {
         **{f"step_norm_kernel<{room}, false>": (3 * (1 + 2) * 2, 0) for room in ROOMS},
-        **{f"step_kernel<{room}, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
+        **{f"step_kernel<{room}, Sgd, false>": (3 * (2 + 3), 3 * (1 + 2)) for room in ROOMS},
+        **{f"step_kernel<{room}, Adam, false>": (3 * (4 + 5), 3 * (3 + 4)) for room in ROOMS},
     },
     # Segments and tiles, of float32, bfloat16 and float16; sums may be taken once more in double.
     "slice_launch.cu": {
         **{f"slice_measure_kernel<{room}, false>": (3 * 2 * 2, 0) for room in ROOMS},
         **{f"slice_scale_kernel<{room}, false>": (3 * 2, 3 * 2) for room in ROOMS},
     },
+}
+
+# Bytes that a thread may spill: what newer architectures need for addresses leaves Adam's kernels a little short. A few
+# words in the L1 cache, beside the 64 and more that a thread moves in each turn.
+SPILLS = {
+    (f"step_kernel<{room}, Adam, {doubles}>", architecture): 64
+    for room in ROOMS
+    for doubles in ("false", "true")
+    for architecture in (100, 120)
 }
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -83,7 +95,7 @@ def short(name: str) -> str:
     """`void regfused::(anonymous namespace)::step_norm_kernel<4096ul, true>(...)` -> `step_norm_kernel<4096, true>`"""
     found = re.search(r"\w+_kernel\b(<.*?>)?(?=\(|$)", name)
     assert found, name
-    return re.sub(r"(\d)ul", r"\1", found[0]).replace("regfused::", "")
+    return re.sub(r"(\d)ul", r"\1", found[0]).replace("regfused::", "").replace("portable::", "")
 
 
 def test_every_file_of_kernels_is_listed():
@@ -100,11 +112,13 @@ def test_registers_and_spills(file, architecture, tmp_path):
     report = nvcc(*FLAGS, "-Xptxas", "-v", "-gencode", code, "-c", CUDA / file, "-o", tmp_path / "kernels.o")
     seen = {}
     for kernel in demangled(report).split("Compiling entry function ")[1:]:
-        spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel)
+        # Of the kernel, and of what it calls.
+        spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", kernel)
         registers = re.search(r"Used (\d+) registers", kernel)
         assert spilled and registers, kernel
         name = short(kernel.split("'")[1])
-        assert spilled.groups() == ("0", "0", "0"), (name, spilled[0])
+        most = max(int(number) for numbers in spilled for number in numbers)
+        assert most <= SPILLS.get((name, architecture), 0), (name, spilled)
         seen[name] = int(registers[1])
     assert seen.keys() == REGISTERS[file].keys()
     assert {name: n for name, n in seen.items() if n > REGISTERS[file][name]} == {}
@@ -129,7 +143,7 @@ def test_accesses_are_16_bytes_wide(file, tmp_path):
 def test_kernels_link_without_torch(tmp_path):
     library = tmp_path / "kernels.so"
     nvcc(*FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", *CUDA.glob("*.cu"), "-o", library)
-    room = ctypes.CDLL(str(library))["_ZN8regfused18step_room_for_eachEv"]
+    room = ctypes.CDLL(str(library))["_ZN8regfused20step_room_for_inputsEv"]
     room.restype = ctypes.c_size_t
     assert 3000 < room() < 32764
 
@@ -149,7 +163,7 @@ def test_formulas_include_neither_torch_nor_cuda():
     """g++ for each instruction set, nvcc and stand-alone programs compile the same formulas."""
     files = list(RULES.iterdir())
     own = {path.name for path in files}
-    standard = {"cmath", "cstddef", "cstdint", "cstring", "type_traits", "utility"}
+    standard = {"cmath", "cstddef", "cstdint", "cstring", "string_view", "type_traits", "utility"}
     assert len(files) >= 8
     for path in files:
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):

@@ -85,18 +85,19 @@ def task(request, demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["digits", "csv"], indirect=True)
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(9))
 def test_loop_and_regfused_agree(demo, task, index, monkeypatch):
     recipe = demo.Recipe(epochs=3)
-    setting = demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)[index]
+    setting = demo.all_settings(1e-3, 1e-3, 0.2)[index]
     # Whose masks are those of regfused.Dropout.
     monkeypatch.setitem(importlib.import_module("training").DROPOUT, "loop", regfused.reference.Dropout)
     # float64: what remains is rounding of 1e-16 a step, and a wrong formula shows. float32: the same times 1e9, and
     # with L1 in the loss a weight at zero whose sign rounding decides is off by up to 2*lr*l1/(1 - momentum) = 1e-3.
+    # What moves Adam there is a sign too: by up to 2*lr = 6e-3 a step, and back at the next.
     in_float64 = demo.train_both(task, setting, recipe, torch.float64)
     assert in_float64.largest_difference < 1e-11
     in_float32 = demo.train_both(task, setting, recipe, torch.float32)
-    assert in_float32.largest_difference < 1e-3
+    assert in_float32.largest_difference < (4 * recipe.adam_lr if setting.adam and setting.l1 else 1e-3)
     assert abs(in_float32.score["loop"] - in_float32.score["regfused"]) < 1
     assert {len(times) for times in in_float32.step_us.values()} == {3 * -(-len(task.train) // recipe.batch_size)}
 
@@ -106,7 +107,7 @@ def test_only_proximal_steps_make_zeros(demo, task):
     recipe = demo.Recipe(epochs=8)
     zeros = {
         setting.name: demo.train_both(task, setting, recipe, torch.float32).zeros("regfused")
-        for setting in demo.seven_settings(1e-3, 1e-3, 0.2, recipe.momentum)
+        for setting in demo.all_settings(1e-3, 1e-3, 0.2)
         if setting.l1 or setting.group_l1
     }
     assert zeros["proximal L1"] > 20

@@ -28,7 +28,7 @@ def prune():
 
 @pytest.fixture(scope="module")
 def trained(prune):
-    task, recipe = prune.digits_task(seed=0), prune.Recipe(hidden=(64, 32), epochs=15, group_l1=0.1)
+    task, recipe = prune.digits_task(seed=0), prune.Recipe(hidden=(64, 32), epochs=15, group_l1=0.01)
     model = prune.build(task, recipe)
     assert len(list(prune.train(model, task, recipe))) == recipe.epochs
     return task, model

@@ -217,7 +217,8 @@ def test_grad_scale_and_found_inf(options, scale):
             after = bits([*everything_of(ours, params), *(p.grad for p in params)])
             assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
             assert step > 0 or not ours.state
-            for name in ("grad_norm", "clip_coef", "penalty", "zero_fraction"):
+            # Before the first update the host does not know that there was none.
+            for name in ("grad_norm", "clip_coef", "penalty", *(["zero_fraction"] if step else [])):
                 torch.testing.assert_close(
                     getattr(ours.stats, name), getattr(stats_before, name), rtol=0, atol=0, equal_nan=True
                 )
@@ -349,7 +350,7 @@ def test_graph_survives_what_comes_after_it():
     "prepare, message",
     [
         (lambda o, ps: o.param_groups[0].update(nonfinite="error"), "nonfinite='error' may raise"),
-        (lambda o, ps: o.state.clear(), "a momentum_buffer has to be made"),
+        (lambda o, ps: o.state.clear(), "a tensor of the state has to be made"),
         (lambda o, ps: o.add_param_group({"params": make_params([3]), "momentum": 0.0}), None),
         (lambda o, ps: setattr(ps[0], "grad", ps[0].grad.to_sparse()), "the reference has to step a tensor"),
     ],

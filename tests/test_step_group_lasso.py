@@ -29,7 +29,7 @@ from regfused import reference
 
 INF, NAN = math.inf, math.nan
 
-LASSO = {"group_l1": 20.0, "momentum": 0.9, "l2": 0.01, "max_norm": 1.0}
+LASSO = {"group_l1": 2.0, "momentum": 0.9, "l2": 0.01, "max_norm": 1.0}
 # Elements first, then groups.
 SPARSE = {"group_l1": 15.0, "l1": 3.0, "l2": 0.1, "proximal": True, "weight_decay": 0.01}
 OPTIONS = {"lasso": LASSO, "sparse": SPARSE}
@@ -79,7 +79,7 @@ def test_l1_and_l2_act_as_without_groups(make, proximal):
     params = make_params([(40, 30), (7, 2100)])
     twins = copy_params(params)
     options = dict(lr=0.1, momentum=0.9, l1=0.5, l2=0.1, proximal=proximal, max_norm=2.0)
-    ours = make(params, **options, group_l1=25.0, group_dim=1)
+    ours = make(params, **options, group_l1=2.5, group_dim=1)
     plain = make(twins, **options)
     for _ in range(3):
         give_grads(params)
@@ -90,7 +90,9 @@ def test_l1_and_l2_act_as_without_groups(make, proximal):
         ours.step()
         plain.step()
         for p, q in zip(params, twins, strict=True):
-            want = shrink_groups(q.detach().double(), 2.5, 1)
+            # lr*group_l1 of what momentum makes of it.
+            threshold = 2.5 / (1 + 2 * 0.1) if proximal else 2.5
+            want = shrink_groups(q.detach().double(), threshold, 1)
             # CUDA kernels add up squares in float32.
             torch.testing.assert_close(p.detach().double(), want, rtol=1e-5 if ON_CUDA_KERNELS else 2e-7, atol=1e-6)
             assert torch.equal(p == 0, want == 0)
@@ -131,7 +133,7 @@ def test_same_bits_for_any_threads_and_instruction_set(dtype, threads, monkeypat
             threads(count)
             torch.manual_seed(0)
             params = make_params([(300, 500), (2, 70_000), (20_000, 3), (50, 9, 130)], dtype)
-            options = dict(lr=0.1, momentum=0.9, max_norm=1.0, group_l1=50.0)
+            options = dict(lr=0.1, momentum=0.9, max_norm=1.0, group_l1=5.0)
             optimizer = regfused.SGD([{"params": params, "group_dim": 0}], **options)
             for dim in (0, 1):
                 optimizer.param_groups[0]["group_dim"] = dim
@@ -204,7 +206,7 @@ def test_threshold_is_exact(make, isa):
 @pytest.mark.parametrize("dim", (0, 1))
 def test_skipped_steps_shrink_nothing(make, dim):
     params = make_params([(60, 50), (5, 20_000)])
-    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=70.0, group_dim=dim, nonfinite="skip")
+    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=7.0, group_dim=dim, nonfinite="skip")
     for bad in (False, True, False, True, True):
         give_grads(params)
         if bad:
@@ -240,7 +242,7 @@ def test_amp_overflow_shrinks_nothing(make):
 @BOTH
 def test_frozen_and_late_parameters(make):
     params = make_params([(30, 4), (3, 20_000), (30, 40), (6, 5)])
-    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=5.0, group_dim=1)
+    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=0.5, group_dim=1)
     for live in ([0, 3], [0, 1, 3], [2], [0, 1, 2, 3]):
         give_grads(params)
         for i, p in enumerate(params):
@@ -382,7 +384,7 @@ def test_by_operator():
 @BOTH
 def test_state_dict_round_trip(make):
     params = make_params([(30, 20), (5, 2000)])
-    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=20.0, group_dim=-1)
+    optimizer = make(params, lr=0.1, momentum=0.9, group_l1=2.0, group_dim=-1)
     give_grads(params)
     optimizer.step()
     file = io.BytesIO()
@@ -391,7 +393,7 @@ def test_state_dict_round_trip(make):
     twins = copy_params(params)
     resumed = make(twins, lr=0.5)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.param_groups[0]["group_l1"] == 20.0 and resumed.param_groups[0]["group_dim"] == -1
+    assert resumed.param_groups[0]["group_l1"] == 2.0 and resumed.param_groups[0]["group_dim"] == -1
     give_grads(params)
     share_grads(params, twins)
     optimizer.step()

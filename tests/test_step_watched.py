@@ -39,7 +39,7 @@ def stepped_by_oracle(params, options):
     """New values, from the very gradients and no state."""
     options = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in with_defaults(options).items()}
     wide = [p.detach().double() for p in params]
-    return Oracle(options).step(wide, [p.grad.double() for p in params], [None] * len(params))[0]
+    return Oracle(options).step(wide, [p.grad.double() for p in params], [{}] * len(params))[0]
 
 
 def assert_close(params, want):

@@ -1,7 +1,7 @@
 // Runs passes over lists of tensors on the CPU.
 #pragma once
 
-#include "../foreach_drive.h"
+#include "../foreach_device.h"
 
 namespace regfused {
 

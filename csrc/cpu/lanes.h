@@ -85,13 +85,6 @@ class Rows {
   REGFUSED_RULE void write_back(int64_t i, int64_t n) {
     if (n - i < kLanes) __builtin_memcpy(at_ + i, last_, (n - i) * sizeof(S));
   }
-  // Zeros in the filled-up part of the last row.
-  int64_t zeros_beyond(int64_t n) const {
-    int64_t zeros = 0;
-    if (n % kLanes)
-      for (int64_t j = n % kLanes; j < kLanes; ++j) zeros += is_zero(last_[j]);
-    return zeros;
-  }
 
  private:
   S* at_;

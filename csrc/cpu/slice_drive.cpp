@@ -2,7 +2,6 @@
 #include "slice_drive.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "isa.h"
 
@@ -42,7 +41,6 @@ void SlicesOnCpu::clear() {
   slices_.clear();
   partials_.clear();
   factors_.clear();
-  zeros_.clear();
 }
 
 size_t SlicesOnCpu::add(const SliceTensor& tensor) {
@@ -69,7 +67,6 @@ size_t SlicesOnCpu::add(const SliceTensor& tensor) {
     partials_.resize(partials_.size() + partials);
     factors_.resize(factors_.size() + layout.count);
   }
-  zeros_.resize(whole_.size() + pieces_.size());
   cuts_.push_back(cut);
   return i;
 }
@@ -79,24 +76,20 @@ void SlicesOnCpu::set(size_t i, void* data, double bound) {
   cuts_[i].tensor.bound = bound;
 }
 
-// f(cut, chunk, c) for every chunk of a tensor that is not passed by.
+// f(cut, chunk) for every chunk of a tensor that is not passed by.
 template <class F>
 void SlicesOnCpu::for_each(const Chunks& chunks, const F& f) {
   chunks.for_each([&](size_t c) {
     const Cut& cut = cuts_[chunks[c].tensor];
-    if (!cut.tensor.is_passed_by()) f(cut, chunks[c], c);
+    if (!cut.tensor.is_passed_by()) f(cut, chunks[c]);
   });
 }
 
 void SlicesOnCpu::shrink() {
-  std::fill(zeros_.begin(), zeros_.end(), 0);
-  for_each(whole_, [&](const Cut& cut, const Chunk& chunk, size_t c) {
-    zeros_[c] = kernels_.shrink(cut.tensor, chunk.begin, chunk.size);
-  });
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t) { measure(cut, piece); });
-  for_each(slices_, [&](const Cut& cut, const Chunk& slices, size_t) { judge(cut, slices); });
-  for_each(pieces_,
-           [&](const Cut& cut, const Chunk& piece, size_t c) { zeros_[whole_.size() + c] = scale(cut, piece); });
+  for_each(whole_, [&](const Cut& cut, const Chunk& chunk) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
+  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) { measure(cut, piece); });
+  for_each(slices_, [&](const Cut& cut, const Chunk& slices) { judge(cut, slices); });
+  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) { scale(cut, piece); });
 }
 
 void SlicesOnCpu::measure(const Cut& cut, const Chunk& chunk) {
@@ -129,14 +122,12 @@ void SlicesOnCpu::judge(const Cut& cut, const Chunk& chunk) {
         slice_factor(cut.tensor.rule, cut.tensor.bound, norm_finish(NormType::two, squares[i]));
 }
 
-int64_t SlicesOnCpu::scale(const Cut& cut, const Chunk& chunk) {
+void SlicesOnCpu::scale(const Cut& cut, const Chunk& chunk) {
   const int64_t piece = chunk.begin / kPiece;
   const double* factors = factors_.data() + cut.factors;
   if (!cut.by_segments) return kernels_.scale_tile(cut.tensor, cut.columns.tile(piece), factors);
   const SliceSegments::Segment segment = cut.segments.segment(piece);
-  return kernels_.scale_segment(cut.tensor, segment, factors[segment.slice]);
+  kernels_.scale_segment(cut.tensor, segment, factors[segment.slice]);
 }
-
-int64_t SlicesOnCpu::zeros() const { return std::accumulate(zeros_.begin(), zeros_.end(), int64_t(0)); }
 
 }  // namespace regfused

@@ -23,8 +23,6 @@ class SlicesOnCpu {
   void set(size_t i, void* data, double bound);
   // Cannot fail.
   void shrink();
-  // Exact zeros there were after shrink() in the tensors that were not passed by.
-  int64_t zeros() const;
 
  private:
   struct Cut {
@@ -38,7 +36,7 @@ class SlicesOnCpu {
 
   void measure(const Cut& cut, const Chunk& piece);
   void judge(const Cut& cut, const Chunk& chunk);
-  int64_t scale(const Cut& cut, const Chunk& piece);
+  void scale(const Cut& cut, const Chunk& piece);
   template <class F>
   void for_each(const Chunks& chunks, const F& f);
 
@@ -48,7 +46,6 @@ class SlicesOnCpu {
   Chunks pieces_;  // of others: a piece has begin / kPiece as its number
   Chunks slices_;  // of others, some together: their number is begin / judging
   std::vector<double> partials_, factors_;
-  std::vector<int64_t> zeros_;  // of each chunk and piece
 };
 
 }  // namespace regfused

@@ -8,20 +8,6 @@ namespace regfused {
 inline namespace REGFUSED_ISA {
 namespace {
 
-// Counts the zeros that a kernel stores, or leaves in memory.
-template <class S>
-struct ZeroCount {
-  using V = typename Storage<S>::V;
-  decltype(V{} == V{}) lanes{};
-
-  REGFUSED_RULE void add(V x) { lanes -= stored_as_zero<S>(x); }
-  int64_t total() const {
-    int64_t total = 0;
-    for (int j = 0; j < int(sizeof(V) / sizeof(typename Storage<S>::T)); ++j) total += lanes[j];
-    return total;
-  }
-};
-
 // --- Long runs ------------------------------------------------------------------------------------
 
 template <class S>
@@ -38,27 +24,19 @@ double sum_of_squares(const SliceTensor& tensor, int64_t begin, int64_t n) {
 }
 
 template <class S>
-int64_t scale(const SliceTensor& tensor, int64_t begin, int64_t n, double factor) {
+void scale(const SliceTensor& tensor, int64_t begin, int64_t n, double factor) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
+  if (factor == 1) return;
   Rows<S> rows(tensor.data, Chunk{0, static_cast<int32_t>(n), begin});
   const V factors = splat<V>(T(factor));
-  const bool changes = factor != 1;
-  ZeroCount<S> zeros;
   for (int64_t i = 0; i < n; i += kLanes) {
     S* row = rows.row(i, n);
     prefetch(row);
-    for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
-      V w = load(row + at);
-      if (changes) {
-        w = slice_scaled(w, factors);
-        store(row + at, w);
-      }
-      zeros.add(w);
-    });
-    if (changes) rows.write_back(i, n);
+    for_each_vector<S>([&](auto, int at)
+                           __attribute__((always_inline)) { store(row + at, slice_scaled(load(row + at), factors)); });
+    rows.write_back(i, n);
   }
-  return zeros.total() - rows.zeros_beyond(n);
 }
 
 // --- Short runs -----------------------------------------------------------------------------------
@@ -71,8 +49,7 @@ struct alignas(REGFUSED_VECTOR_BYTES) Columns {
 
 // f(row, i) for each stretch of kLanes columns, from column i on, row by row.
 template <class S, bool kWrites, class F>
-REGFUSED_RULE int64_t for_each_stretch(const SliceTensor& tensor, const SliceTile& tile, const F& f) {
-  int64_t beyond = 0;
+REGFUSED_RULE void for_each_stretch(const SliceTensor& tensor, const SliceTile& tile, const F& f) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
     if (rest <= 0) break;
@@ -84,9 +61,7 @@ REGFUSED_RULE int64_t for_each_stretch(const SliceTensor& tensor, const SliceTil
       f(row, i);
       if constexpr (kWrites) rows.write_back(i, n);
     }
-    beyond += rows.zeros_beyond(n);
   }
-  return beyond;
 }
 
 REGFUSED_RULE void add_squares(double* to, Doubles x) { store(to, norm_accumulate(NormType::two, load(to), x)); }
@@ -113,7 +88,7 @@ void measure_tile(const SliceTensor& tensor, const SliceTile& tile, double* part
 
 // factor_of(i): of run i of the tile.
 template <class S, class FactorOf>
-REGFUSED_RULE int64_t scale_runs(const SliceTensor& tensor, const SliceTile& tile, const FactorOf& factor_of) {
+REGFUSED_RULE void scale_runs(const SliceTensor& tensor, const SliceTile& tile, const FactorOf& factor_of) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   Columns<T> factors;
@@ -125,29 +100,20 @@ REGFUSED_RULE int64_t scale_runs(const SliceTensor& tensor, const SliceTile& til
     for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) factors.at[c] = T(factor);
   }
   for (int c = 0; c < kLanes; ++c) factors.at[tile.columns + c] = 1;
-  ZeroCount<S> zeros;
-  int64_t beyond = 0;
-  if (changes)
-    beyond = for_each_stretch<S, true>(tensor, tile, [&](S* row, int64_t i) __attribute__((always_inline)) {
-      for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
-        V factor;
-        __builtin_memcpy(&factor, factors.at + i + at, sizeof factor);
-        const V w = slice_scaled(load(row + at), factor);
-        store(row + at, w);
-        zeros.add(w);
-      });
+  if (!changes) return;
+  for_each_stretch<S, true>(tensor, tile, [&](S* row, int64_t i) __attribute__((always_inline)) {
+    for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
+      V factor;
+      __builtin_memcpy(&factor, factors.at + i + at, sizeof factor);
+      store(row + at, slice_scaled(load(row + at), factor));
     });
-  else
-    beyond = for_each_stretch<S, false>(tensor, tile, [&](const S* row, int64_t i) __attribute__((always_inline)) {
-      for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) { zeros.add(load(row + at)); });
-    });
-  return zeros.total() - beyond;
+  });
 }
 
 template <class S>
-int64_t scale_tile(const SliceTensor& tensor, const SliceTile& tile, const double* factors) {
+void scale_tile(const SliceTensor& tensor, const SliceTile& tile, const double* factors) {
   int64_t slice = tile.first_run % tensor.layout.count - 1;
-  return scale_runs<S>(tensor, tile, [&](int32_t) __attribute__((always_inline)) {
+  scale_runs<S>(tensor, tile, [&](int32_t) __attribute__((always_inline)) {
     slice = slice + 1 == tensor.layout.count ? 0 : slice + 1;
     return factors[slice];
   });
@@ -160,13 +126,12 @@ REGFUSED_RULE double factor_of(const SliceTensor& tensor, double squares) {
 }
 
 template <class S>
-int64_t shrink(const SliceTensor& tensor, int64_t begin, int64_t n) {
+void shrink(const SliceTensor& tensor, int64_t begin, int64_t n) {
   const int64_t inner = tensor.layout.inner;
-  int64_t zeros = 0;
   if (inner >= kLanes) {
     for (int64_t i = 0; i < n; i += inner)
-      zeros += scale<S>(tensor, begin + i, inner, factor_of(tensor, sum_of_squares<S>(tensor, begin + i, inner)));
-    return zeros;
+      scale<S>(tensor, begin + i, inner, factor_of(tensor, sum_of_squares<S>(tensor, begin + i, inner)));
+    return;
   }
   const int64_t together = kSliceColumns / inner * inner;
   for (int64_t i = 0; i < n; i += together) {
@@ -178,10 +143,9 @@ int64_t shrink(const SliceTensor& tensor, int64_t begin, int64_t n) {
     tile.columns = static_cast<int32_t>(n - i < together ? n - i : together);
     double squares[kSliceColumns];
     measure_tile<S>(tensor, tile, squares);
-    zeros += scale_runs<S>(tensor, tile,
-                           [&](int32_t run) __attribute__((always_inline)) { return factor_of(tensor, squares[run]); });
+    scale_runs<S>(tensor, tile,
+                  [&](int32_t run) __attribute__((always_inline)) { return factor_of(tensor, squares[run]); });
   }
-  return zeros;
 }
 
 template <class S>
@@ -190,8 +154,8 @@ double measure_segment(const SliceTensor& tensor, const SliceSegments::Segment& 
 }
 
 template <class S>
-int64_t scale_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, double factor) {
-  return scale<S>(tensor, segment.begin, segment.size, factor);
+void scale_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, double factor) {
+  scale<S>(tensor, segment.begin, segment.size, factor);
 }
 
 // function<S>(tensor, ...) for the tensor's storage type.

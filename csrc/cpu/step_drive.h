@@ -1,9 +1,9 @@
-// Runs the two passes of an SGD step over a flat list of chunks, in parallel, on the CPU.
+// Runs the two passes of a step over a flat list of chunks, in parallel, on the CPU.
 #pragma once
 
 #include <vector>
 
-#include "../step_drive.h"
+#include "../step_device.h"
 #include "chunks.h"
 #include "slice_drive.h"
 
@@ -19,23 +19,23 @@ class StepOnCpu : public StepDevice {
   std::pair<int64_t, int64_t> first_nonfinite() const override;
   // Cannot fail.
   void step(const StepWork& work, const StepScalars& scalars) override;
-  StepTotals totals() const override { return totals_; }
+  double penalty() const override { return penalty_; }
 
  private:
   template <class Pass>
   void run(const StepWork& work, Pass pass);
 
-  int64_t shrink_chunk(const SliceTensor& slices, const Chunk& chunk, int64_t zeros) const;
+  void shrink_chunk(const SliceTensor& slices, const Chunk& chunk) const;
   void shrink_others(const StepWork& work);
 
   StepKernels kernels_ = {};
   SliceKernels slice_kernels_ = {};
   Chunks chunks_;
   std::vector<StepPartial> partials_;
-  // Tensors whose slices do not fit chunks: rows of StepWork::tensors, in the order of others_.
+  // Rows whose slices do not fit chunks: indices of StepWork::rows, in the order of others_.
   std::vector<size_t> other_rows_;
   SlicesOnCpu others_;
-  StepTotals totals_;
+  double penalty_ = 0;
 };
 
 }  // namespace regfused

@@ -1,4 +1,4 @@
-// The two passes of an SGD step over one chunk, for one instruction set.
+// The passes of a step over one chunk, for one instruction set.
 #pragma once
 
 #include "../step.h"
@@ -9,12 +9,12 @@ inline namespace REGFUSED_ISA {
 namespace {
 
 template <class S, bool kPenalty>
-void norm_chunk(const StepRow& tensor, const Chunk& chunk, const SgdHyper& hyper, const StepScalars& scalars,
+void norm_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepScalars& scalars,
                 StepPartial& partial) {
   using T = typename Storage<S>::T;
   const StepGradient<T> gradient(hyper, scalars.grad_scale);
   const StepNormGradient<T> norm_gradient(hyper);
-  Rows<S> grads(tensor.grad, chunk), params(tensor.param, chunk);
+  Rows<S> grads(row.grad, chunk), params(row.param, chunk);
   NormLanes norm(scalars.norm_type);
   const int64_t n = chunk.size;
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -31,74 +31,157 @@ void norm_chunk(const StepRow& tensor, const Chunk& chunk, const SgdHyper& hyper
   partial.norm = norm.total();
 }
 
-template <class S, bool kMomentum, bool kWriteGrad>
-void step_chunk(const StepRow& tensor, const Chunk& chunk, const SgdHyper& hyper, const StepScalars& scalars,
-                StepPartial& partial) {
+constexpr bool has_slot(unsigned slots, int s) { return (slots >> s & 1) != 0; }
+
+// The arrays of a chunk that a step reads and writes, row after row of kLanes elements. kSlots: which slots there are.
+template <class S, unsigned kSlots>
+struct StepArrays {
+  Rows<S> grads, params;
+  Rows<S> slots[kMostSlots];
+  const int64_t n;
+
+  StepArrays(const StepRow& row, const Chunk& chunk)
+      : grads(row.grad, chunk),
+        params(row.param, chunk),
+        slots{{row.slots[0], chunk}, {row.slots[1], chunk}, {row.slots[2], chunk}},
+        n(chunk.size) {}
+
+  // element(param, grad, slots) for each vector, which is stored again, but for the gradient; after_row() for each row.
+  template <class Element, class AfterRow>
+  REGFUSED_RULE void for_each(const Element& element, const AfterRow& after_row) {
+    using V = typename Storage<S>::V;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const S* grad = grads.row(i, n);
+      S* __restrict param = params.row(i, n);
+      S* slot[kMostSlots];
+      for (int s = 0; s < kMostSlots; ++s) slot[s] = has_slot(kSlots, s) ? slots[s].row(i, n) : nullptr;
+      for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
+        V p = load(param + at);
+        V of_slots[kMostSlots];
+        for (int s = 0; s < kMostSlots; ++s)
+          if (has_slot(kSlots, s)) of_slots[s] = load(slot[s] + at);
+        element(p, load(grad + at), of_slots);
+        store(param + at, p);
+        for (int s = 0; s < kMostSlots; ++s)
+          if (has_slot(kSlots, s)) store(slot[s] + at, of_slots[s]);
+      });
+      after_row();
+      params.write_back(i, n);
+      for (int s = 0; s < kMostSlots; ++s)
+        if (has_slot(kSlots, s)) slots[s].write_back(i, n);
+    }
+  }
+};
+
+// Every option.
+template <class S, class R, unsigned kSlots>
+void step_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
+                const StepScalars& scalars, StepPartial& partial) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const StepGradient<T> gradient(hyper, scalars.grad_scale);
-  const SgdRule<T> rule(hyper, scalars.clip_coef, tensor.first);
+  const StepElement<T, R::template Rule> element(hyper, scalars.clip_coef, time);
   const ElasticNetValue<T> penalty_value(hyper.l1, hyper.l2);
-  const bool has_penalty = hyper.l1 != 0 || hyper.l2 != 0;
-  Rows<S> grads(tensor.grad, chunk), params(tensor.param, chunk), buffers(tensor.momentum_buffer, chunk);
+  const bool has_penalty = hyper.has_penalty();
   RowSum penalty;
-  decltype(V{} == V{}) zeros{};
+  V row_penalty{};
+  StepArrays<S, kSlots>(row, chunk)
+      .for_each(
+          [&](V& p, V g, V* slots) __attribute__((always_inline)) {
+            if (has_penalty) row_penalty += penalty_value(p);
+            element.template operator()<kSlots>(p, gradient(g), slots);
+          },
+          [&]() __attribute__((always_inline)) {
+            if (has_penalty) penalty.add(row_penalty);
+            row_penalty = V{};
+          });
+  partial.penalty = penalty.total();
+}
+
+// What is_lean allows.
+template <class S, class R, unsigned kSlots, int kVariant, bool kSlope>
+void lean_chunk(const StepRow& row, const Chunk& chunk,
+                const LeanElement<typename Storage<S>::T, R::template Rule>& lean) {
+  using V = typename Storage<S>::V;
+  const LeanElement<typename Storage<S>::T, R::template Rule> element = lean;  // in registers
+  StepArrays<S, kSlots>(row, chunk)
+      .for_each(
+          [&](V& p, V g, V* slots)
+              __attribute__((always_inline)) { element.template operator()<kSlots, kVariant, kSlope>(p, g, slots); },
+          []() __attribute__((always_inline)) {});
+}
+
+template <class S, class R, unsigned kSlots>
+void lean_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
+                const StepScalars& scalars) {
+  const LeanElement<typename Storage<S>::T, R::template Rule> element(hyper, scalars.grad_scale, scalars.clip_coef,
+                                                                      time);
+  const bool slope = element.slope != 0;
+  if constexpr (kSlots != 0 && R::template Rule<double>::kVariants == 2)
+    if (element.rule.variant() == 1)
+      return slope ? lean_chunk<S, R, kSlots, 1, true>(row, chunk, element)
+                   : lean_chunk<S, R, kSlots, 1, false>(row, chunk, element);
+  return slope ? lean_chunk<S, R, kSlots, 0, true>(row, chunk, element)
+               : lean_chunk<S, R, kSlots, 0, false>(row, chunk, element);
+}
+
+template <class S, class R, unsigned kSlots>
+void step_slots(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
+                const StepScalars& scalars, StepPartial& partial) {
+  // Narrow types are limited by their conversions.
+  if constexpr (sizeof(S) >= sizeof(float))
+    if (is_lean<R::template Rule>(hyper, time)) return lean_chunk<S, R, kSlots>(row, chunk, hyper, time, scalars);
+  step_chunk<S, R, kSlots>(row, chunk, hyper, time, scalars, partial);
+}
+
+// g / grad_scale into the gradient.
+template <class S>
+void unscale_chunk(const StepRow& row, const Chunk& chunk, const StepScalars& scalars) {
+  const StepGradient<typename Storage<S>::T> gradient(StepHyper{}, scalars.grad_scale);
+  Rows<S> grads(row.grad, chunk);
   const int64_t n = chunk.size;
   for (int64_t i = 0; i < n; i += kLanes) {
     S* __restrict grad = grads.row(i, n);
-    S* __restrict param = params.row(i, n);
-    S* __restrict buffer = kMomentum ? buffers.row(i, n) : nullptr;
-    V row_penalty{};
-    prefetch(grad);
-    prefetch(param);
-    if constexpr (kMomentum) prefetch(buffer);
-    for_each_vector<S>([&](auto, int at) __attribute__((always_inline)) {
-      V g = load(grad + at);
-      V p = load(param + at);
-      V b = kMomentum ? load(buffer + at) : V{};
-      if constexpr (kWriteGrad) store(grad + at, gradient.unscaled(g));
-      g = gradient(g);
-      if (has_penalty) row_penalty += penalty_value(p);
-      rule.template operator()<kMomentum>(p, g, b);
-      store(param + at, p);
-      if constexpr (kMomentum) store(buffer + at, b);
-      zeros -= stored_as_zero<S>(p);
-    });
-    if (has_penalty) penalty.add(row_penalty);
-    if constexpr (kWriteGrad) grads.write_back(i, n);
-    params.write_back(i, n);
-    if constexpr (kMomentum) buffers.write_back(i, n);
+    for_each_vector<S>([&](auto, int at)
+                           __attribute__((always_inline)) { store(grad + at, gradient.unscaled(load(grad + at))); });
+    grads.write_back(i, n);
   }
-  partial.penalty = penalty.total();
-  partial.zeros = -params.zeros_beyond(n);
-  for (int j = 0; j < int(sizeof(V) / sizeof(T)); ++j) partial.zeros += zeros[j];
 }
 
-template <class S>
-void norm_dtype(const StepRow& t, const Chunk& c, const SgdHyper& h, const StepScalars& s, StepPartial& p) {
-  (h.penalty_in_norm() ? norm_chunk<S, true> : norm_chunk<S, false>)(t, c, h, s, p);
-}
-
-template <class S>
-void step_dtype(const StepRow& t, const Chunk& c, const SgdHyper& h, const StepScalars& s, StepPartial& p) {
-  if (t.momentum_buffer)
-    (s.write_unscaled_grad ? step_chunk<S, true, true> : step_chunk<S, true, false>)(t, c, h, s, p);
-  else
-    (s.write_unscaled_grad ? step_chunk<S, false, true> : step_chunk<S, false, false>)(t, c, h, s, p);
-}
-
-#define REGFUSED_BY_DTYPE(function)                                                               \
-  [](const StepRow& t, const Chunk& c, const SgdHyper& h, const StepScalars& s, StepPartial& p) { \
-    switch (t.dtype) {                                                                            \
-      case DType::float32: return function<float>(t, c, h, s, p);                                 \
-      case DType::float64: return function<double>(t, c, h, s, p);                                \
-      case DType::bfloat16: return function<BFloat16>(t, c, h, s, p);                             \
-      case DType::float16: return function<Float16>(t, c, h, s, p);                               \
-    }                                                                                             \
+// function.template operator()<S>() for the row's storage type.
+template <class Function>
+REGFUSED_RULE void by_dtype(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32: return function.template operator()<float>();
+    case DType::float64: return function.template operator()<double>();
+    case DType::bfloat16: return function.template operator()<BFloat16>();
+    case DType::float16: return function.template operator()<Float16>();
   }
+}
 
-constexpr StepKernels kStepKernels = {REGFUSED_BY_DTYPE(norm_dtype), REGFUSED_BY_DTYPE(step_dtype)};
-#undef REGFUSED_BY_DTYPE
+void norm_pass(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepScalars& scalars,
+               StepPartial& partial) {
+  by_dtype(row.dtype, [&]<class S>() __attribute__((always_inline)) {
+    (hyper.penalty_in_norm() ? norm_chunk<S, true> : norm_chunk<S, false>)(row, chunk, hyper, scalars, partial);
+  });
+}
+
+template <class R>
+void step_pass(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
+               const StepScalars& scalars, StepPartial& partial) {
+  static_assert(sizeof(R::kSlotSets) / sizeof(R::kSlotSets[0]) == 2);
+  by_dtype(row.dtype, [&]<class S>() __attribute__((always_inline)) {
+    (row.slot_set == R::kSlotSets[1] ? step_slots<S, R, R::kSlotSets[1]>
+                                     : step_slots<S, R, R::kSlotSets[0]>)(row, chunk, hyper, time, scalars, partial);
+  });
+}
+
+void unscale_pass(const StepRow& row, const Chunk& chunk, const StepScalars& scalars) {
+  by_dtype(row.dtype, [&]<class S>() __attribute__((always_inline)) { unscale_chunk<S>(row, chunk, scalars); });
+}
+
+// In the order of RuleId.
+constexpr StepKernels kStepKernels = {norm_pass, {step_pass<Sgd>, step_pass<Adam>}, unscale_pass};
 
 }  // namespace
 }  // namespace REGFUSED_ISA

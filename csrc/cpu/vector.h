@@ -144,6 +144,49 @@ REGFUSED_RULE void from_float(Floats x, Float16Bits& out) {
 }
 #endif
 
+// --- Roots ------------------------------------------------------------------------------------
+
+// See portable.h. Vectors have no operator for it.
+#if REGFUSED_VECTOR_BYTES == 64
+template <>
+REGFUSED_RULE Floats square_root(Floats x) {
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+}
+template <>
+REGFUSED_RULE Doubles square_root(Doubles x) {
+  return (Doubles)_mm512_sqrt_pd((__m512d)x);
+}
+#elif REGFUSED_VECTOR_BYTES == 32
+template <>
+REGFUSED_RULE Floats square_root(Floats x) {
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+}
+template <>
+REGFUSED_RULE Doubles square_root(Doubles x) {
+  return (Doubles)_mm256_sqrt_pd((__m256d)x);
+}
+#elif defined(__SSE2__)
+template <>
+REGFUSED_RULE Floats square_root(Floats x) {
+  return (Floats)_mm_sqrt_ps((__m128)x);
+}
+template <>
+REGFUSED_RULE Doubles square_root(Doubles x) {
+  return (Doubles)_mm_sqrt_pd((__m128d)x);
+}
+#else
+template <>
+REGFUSED_RULE Floats square_root(Floats x) {
+  for (int j = 0; j < kFloats; ++j) x[j] = sqrtf(x[j]);
+  return x;
+}
+template <>
+REGFUSED_RULE Doubles square_root(Doubles x) {
+  for (int j = 0; j < kDoubles; ++j) x[j] = sqrt(x[j]);
+  return x;
+}
+#endif
+
 // --- Integers ---------------------------------------------------------------------------------
 
 REGFUSED_RULE DoubleBits consecutive() {
@@ -219,8 +262,7 @@ REGFUSED_RULE DoubleBits widen_high(FloatBits x) { return DoubleBits{x[2], x[3]}
 
 // --- Storage types ----------------------------------------------------------------------------
 
-// For a storage type S: the type of arithmetic T, its vector V, the bits as they lie in memory,
-// and the largest magnitude that is stored as zero.
+// For a storage type S: the type of arithmetic T, its vector V, and the bits as they lie in memory.
 template <class S>
 struct Storage;
 
@@ -229,28 +271,24 @@ struct Storage<float> {
   using T = float;
   using V = Floats;
   using Bits = Floats;
-  static constexpr float kStoredAsZero = 0;
 };
 template <>
 struct Storage<double> {
   using T = double;
   using V = Doubles;
   using Bits = Doubles;
-  static constexpr double kStoredAsZero = 0;
 };
 template <>
 struct Storage<BFloat16> {
   using T = float;
   using V = Floats;
   using Bits = BFloat16Bits;
-  static constexpr float kStoredAsZero = 0x1p-134f;
 };
 template <>
 struct Storage<Float16> {
   using T = float;
   using V = Floats;
   using Bits = Float16Bits;
-  static constexpr float kStoredAsZero = 0x1p-25f;
 };
 
 template <class S>
@@ -265,21 +303,6 @@ REGFUSED_RULE void store(S* to, V x) {
   from_float(x, bits);
   __builtin_memcpy(to, &bits, sizeof bits);
 }
-
-// Which lanes become zero when they are stored.
-template <class S, class V>
-REGFUSED_RULE auto stored_as_zero(V x) {
-  constexpr auto bound = Storage<S>::kStoredAsZero;
-  if constexpr (bound == 0)
-    return x == 0;
-  else
-    return (x <= bound) & (x >= -bound);
-}
-
-REGFUSED_RULE bool is_zero(float x) { return x == 0; }
-REGFUSED_RULE bool is_zero(double x) { return x == 0; }
-REGFUSED_RULE bool is_zero(BFloat16 x) { return (x.bits & 0x7fff) == 0; }
-REGFUSED_RULE bool is_zero(Float16 x) { return (x.bits & 0x7fff) == 0; }
 
 }  // namespace REGFUSED_ISA
 }  // namespace regfused

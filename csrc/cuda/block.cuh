@@ -38,8 +38,8 @@ struct MadeOnce {
 
   // `key` tells one from another; `made` is the key of what there is, at first one that no other has.
   // Both must be the same in all threads.
-  template <class Made, class Make>
-  __device__ __forceinline__ const Made& get(int key, int& made, const Make& make) {
+  template <class Made, class Key, class Make>
+  __device__ __forceinline__ const Made& get(const Key& key, Key& made, const Make& make) {
     static_assert(sizeof(Made) <= kBytes);
     if (key != made) {
       __syncthreads();  // nobody reads what there is any more

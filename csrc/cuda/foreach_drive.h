@@ -1,7 +1,7 @@
 // Runs passes over lists of tensors on a CUDA device.
 #pragma once
 
-#include "../foreach_drive.h"
+#include "../foreach_device.h"
 #include "foreach_launch.h"
 
 namespace regfused {

@@ -102,6 +102,53 @@ __device__ __forceinline__ bool same_alignment(const S* a, const S* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kAccessBytes == 0;
 }
 
+// Consecutive elements of an array of n that fill one access: those from i on. Some of the first and of the last pack
+// may lie outside of the array.
+struct PackPlace {
+  int i, n;
+  bool whole;  // all are there, at a multiple of the access size
+
+  __device__ __forceinline__ bool has(int j) const { return unsigned(i + j) < unsigned(n); }
+};
+
+// What is not there is 0, and is not stored.
+template <class S>
+struct WidePack {
+  S at[kPerAccess<S>];
+
+  __device__ __forceinline__ void load(const S* from, const PackPlace& place) {
+    if (place.whole) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + place.i);
+      memcpy(at, &bits, sizeof bits);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kPerAccess<S>; ++j) at[j] = place.has(j) ? from[place.i + j] : S{};
+  }
+  __device__ __forceinline__ void store(S* to, const PackPlace& place) const {
+    if (place.whole) {
+      uint4 bits;
+      memcpy(&bits, at, sizeof bits);
+      *reinterpret_cast<uint4*>(to + place.i) = bits;
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kPerAccess<S>; ++j)
+      if (place.has(j)) to[place.i + j] = at[j];
+  }
+};
+
+// body(place) so that the threads of the block cover the elements [0, n) once. `array` is one of those that are
+// accessed; `apart`: they are aligned differently, and no access is wide. One body for all of it: it may be large.
+template <class S, class Body>
+__device__ __forceinline__ void for_each_pack(const S* array, int n, bool apart, const Body& body) {
+  constexpr int N = kPerAccess<S>;
+  // Packs begin at multiples of the access size, the first one perhaps before the array.
+  const int past = int(reinterpret_cast<uintptr_t>(array) % kAccessBytes / sizeof(S));
+  for (int i = int(threadIdx.x) * N - past; i < n; i += kThreads * N)
+    body(PackPlace{i, n, !apart && i >= 0 && i + N <= n});
+}
+
 // Calls body.template operator()<N>(i) so that some threads, of which this one is the `thread`-th, cover the
 // elements [0, n) once: N = kPerAccess where all arrays can be accessed 16 bytes at once, N = 1 for the
 // ends that are left, and for everything where the arrays are `apart`, that is, aligned differently.

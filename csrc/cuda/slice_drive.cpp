@@ -42,12 +42,12 @@ int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
-void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors, bool counts) {
+void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors) {
   tensors_.clear();
   doubles_ = false;
-  // Where each tensor's part of the memory begins: partial sums, factors; and zeros, behind all of those.
-  std::vector<std::array<int64_t, 3>> begins;
-  int64_t used = 0, zeros = 0;
+  // Where each tensor's partial sums and factors begin in the memory.
+  std::vector<std::array<int64_t, 2>> begins;
+  int64_t used = 0;
   for (const SliceTensor& tensor : tensors) {
     SliceDeviceTensor here{};
     here.dtype = tensor.dtype;
@@ -57,31 +57,26 @@ void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors, bool counts) {
       here.segments = SliceSegments(tensor.layout, segment_for(tensor.layout.inner));
     else
       here.columns = columns_for(tensor.layout, tensor.dtype);
-    begins.push_back({used, 0, zeros});
+    begins.push_back({used, 0});
     used += here.by_segments ? here.segments.partials() : here.columns.partials();
     begins.back()[1] = used;
     used += tensor.layout.count;
-    zeros += here.by_segments ? here.segments.pieces() : here.columns.pieces();
     doubles_ |= tensor.dtype == DType::float64;
     tensors_.push_back(here);
   }
-  zeros_begin_ = used;
-  const auto options = at::TensorOptions().device(memory_of(device_)).dtype(at::kDouble);
-  memory_ = at::empty({used + (counts ? zeros : 0)}, options);
-  if (counts) memory_.narrow(0, used, zeros).zero_();
+  memory_ = at::empty({used}, at::TensorOptions().device(memory_of(device_)).dtype(at::kDouble));
   auto* memory = static_cast<double*>(memory_.data_ptr());
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors_[i].partials = memory + begins[i][0];
     tensors_[i].factors = memory + begins[i][1];
-    tensors_[i].zeros = counts ? memory + used + begins[i][2] : nullptr;
-    set(i, tensors[i].data, tensors[i].bound, {1, nullptr, false});
+    set(i, tensors[i].data, {tensors[i].bound, 0}, {1, nullptr, false});
   }
 }
 
-void SlicesOnCuda::set(size_t i, void* data, double bound, const DeviceNumber& scale) {
+void SlicesOnCuda::set(size_t i, void* data, const SliceBound& bound, const DeviceNumber& length) {
   tensors_[i].data = data;
   tensors_[i].bound = bound;
-  tensors_[i].scale = scale;
+  tensors_[i].length = length;
 }
 
 void SlicesOnCuda::shrink(const double* skip) {
@@ -108,15 +103,13 @@ void SlicesOnCuda::shrink(const double* skip) {
   }
 }
 
-at::Tensor SlicesOnCuda::zeros() const { return memory_.narrow(0, zeros_begin_, memory_.numel() - zeros_begin_); }
-
 void shrink_slices_on_cuda(c10::Device device, const std::vector<SliceTensor>& tensors) {
   const c10::DeviceGuard guard(memory_of(device));
   std::vector<SliceTensor> live;
   for (const SliceTensor& tensor : tensors)
     if (!tensor.is_passed_by()) live.push_back(tensor);
   SlicesOnCuda slices(device);
-  slices.plan(live, /*counts=*/false);
+  slices.plan(live);
   slices.shrink(nullptr);
 }
 

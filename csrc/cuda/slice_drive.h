@@ -16,16 +16,13 @@ class SlicesOnCuda {
  public:
   explicit SlicesOnCuda(c10::Device device) : device_(device) {}
 
-  // For tensors of these shapes and rules. `counts`: whether exact zeros are counted.
-  void plan(const std::vector<SliceTensor>& tensors, bool counts);
-  // The same tensor in another place, null to pass it by, and its bound, as a product.
-  void set(size_t i, void* data, double bound, const DeviceNumber& scale);
+  // For tensors of these shapes and rules.
+  void plan(const std::vector<SliceTensor>& tensors);
+  // The same tensor in another place, null to pass it by, and its bound in a step of this length.
+  void set(size_t i, void* data, const SliceBound& bound, const DeviceNumber& length);
   // On the current stream. `skip`: null, or a number on the device, other than 0 where nothing is to be done.
   void shrink(const double* skip);
 
-  bool empty() const { return tensors_.empty(); }
-  // Exact zeros after the last shrink() that was not skipped, each as part of a sum.
-  at::Tensor zeros() const;
   // What the kernels use: undefined, or it must outlive them.
   const at::Tensor& memory() const { return memory_; }
 
@@ -33,8 +30,7 @@ class SlicesOnCuda {
   c10::Device device_;
   std::vector<SliceDeviceTensor> tensors_;
   bool doubles_ = false;
-  at::Tensor memory_;  // of doubles: partial sums, factors, zeros
-  int64_t zeros_begin_ = 0;
+  at::Tensor memory_;  // of doubles: partial sums, factors
 };
 
 // Once, on the current stream.

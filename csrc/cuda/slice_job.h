@@ -27,9 +27,8 @@ struct SliceDeviceTensor {
   void* data;  // null: passed by
   double* partials;
   double* factors;  // one for each slice
-  double* zeros;    // exact zeros, of each segment or tile; null: nobody counts them
-  double bound;
-  DeviceNumber scale;                // of the bound
+  SliceBound bound;
+  DeviceNumber length;               // of the step
   int64_t first_piece, first_judge;  // blocks of threads of the tensors before, in all
   SliceSegments segments;
   SliceColumns columns;

@@ -80,27 +80,17 @@ __device__ __forceinline__ void scale_segment(const SliceDeviceTensor& tensor, i
   using T = Arithmetic<S>;
   const int64_t index = piece * kSegmentsOfBlock + warp_of_thread();
   if (index >= tensor.segments.pieces()) return;
-  int zeros = 0;
-  if (tensor.data) {
-    const SliceSegments::Segment segment = tensor.segments.segment(index);
-    const double factor = tensor.factors[segment.slice];
-    const bool changes = factor != 1;
-    S* data = in_global_memory<S>(tensor.data) + segment.begin;
-    if (changes || tensor.zeros)
-      for_each_access_of(lane_of_thread(), kWarp, data, int(segment.size), false, [&]<int N>(int i) {
-        Pack<S, N> pack;
-        pack.load(data + i);
+  const SliceSegments::Segment segment = tensor.segments.segment(index);
+  const double factor = tensor.factors[segment.slice];
+  if (factor == 1) return;
+  S* data = in_global_memory<S>(tensor.data) + segment.begin;
+  for_each_access_of(lane_of_thread(), kWarp, data, int(segment.size), false, [&]<int N>(int i) {
+    Pack<S, N> pack;
+    pack.load(data + i);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          if (changes) narrow(slice_scaled(widen(pack.at[j]), T(factor)), pack.at[j]);
-          zeros += widen(pack.at[j]) == 0;
-        }
-        if (changes) pack.store(data + i);
-      });
-  }
-  if (!tensor.zeros) return;
-  zeros = warp_sum(zeros);
-  if (lane_of_thread() == 0) tensor.zeros[index] = zeros;
+    for (int j = 0; j < N; ++j) narrow(slice_scaled(widen(pack.at[j]), T(factor)), pack.at[j]);
+    pack.store(data + i);
+  });
 }
 
 // --- Short runs: a column is a thread's -----------------------------------------------------------
@@ -183,50 +173,42 @@ __device__ __forceinline__ void measure_tile(const SliceDeviceTensor& tensor, in
 }
 
 template <class S>
-__device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int64_t piece, double (&of_warps)[kWarps]) {
+__device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int64_t piece) {
   using T = Arithmetic<S>;
   const SliceTile tile = tensor.columns.tile(piece);
+  if (tile.begin >= tile.numel) return;  // beyond the short last row
   const int64_t count = tensor.columns.layout.count, first_slice = tile.first_run % count;
   S* data = in_global_memory<S>(tensor.data);
-  int zeros = 0;
-  if (data && tile.begin < tile.numel)
-    for_each_column(data, tile, [&]<int N>(int c) {
-      T factors[N];
-      bool changes = false;
-      int in_run = (tile.offset + c) % int(tile.inner);
-      int64_t slice = first_slice + (tile.offset + c) / int(tile.inner);
-      if (slice >= count) slice %= count;
+  for_each_column(data, tile, [&]<int N>(int c) {
+    T factors[N];
+    bool changes = false;
+    int in_run = (tile.offset + c) % int(tile.inner);
+    int64_t slice = first_slice + (tile.offset + c) / int(tile.inner);
+    if (slice >= count) slice %= count;
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        factors[j] = T(tensor.factors[slice]);
-        changes |= factors[j] != 1;
-        if (++in_run == int(tile.inner)) {
-          in_run = 0;
-          if (++slice == count) slice = 0;
-        }
+    for (int j = 0; j < N; ++j) {
+      factors[j] = T(tensor.factors[slice]);
+      changes |= factors[j] != 1;
+      if (++in_run == int(tile.inner)) {
+        in_run = 0;
+        if (++slice == count) slice = 0;
       }
-      if (!changes && !tensor.zeros) return;
-      S* row = data + tile.begin + c;
-      int64_t left = tile.numel - tile.begin - c;
+    }
+    if (!changes) return;
+    S* row = data + tile.begin + c;
+    int64_t left = tile.numel - tile.begin - c;
     // One row at a time: the registers are all in use.
 #pragma unroll 1
-      for (int r = 0; r < tile.rows && left > 0; ++r) {
-        Pack<S, N> pack = {};
-        load_some(pack, row, left);
+    for (int r = 0; r < tile.rows && left > 0; ++r) {
+      Pack<S, N> pack = {};
+      load_some(pack, row, left);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          narrow(slice_scaled(widen(pack.at[j]), factors[j]), pack.at[j]);
-          zeros += j < left && widen(pack.at[j]) == 0;
-        }
-        if (changes) store_some(pack, row, left);
-        row += tile.stride;
-        left -= tile.stride;
-      }
-    });
-  if (!tensor.zeros) return;
-  const double all = block_combine(zeros, of_warps, [](double a, double b) { return a + b; });
-  if (threadIdx.x == 0) tensor.zeros[piece] = all;
-  __syncthreads();  // of_warps is free again
+      for (int j = 0; j < N; ++j) narrow(slice_scaled(widen(pack.at[j]), factors[j]), pack.at[j]);
+      store_some(pack, row, left);
+      row += tile.stride;
+      left -= tile.stride;
+    }
+  });
 }
 
 // --- The three passes -----------------------------------------------------------------------------
@@ -266,7 +248,7 @@ __device__ __forceinline__ void judge_slices(const SliceDeviceTensor& tensor, co
   }
   if (slice < pieces.layout.count && (!many || threadIdx.x == 0))
     tensor.factors[slice] =
-        slice_factor(tensor.rule, tensor.bound * tensor.scale.get(), norm_finish(NormType::two, squares));
+        slice_factor(tensor.rule, tensor.bound.at(tensor.length.get()), norm_finish(NormType::two, squares));
 }
 
 __device__ __forceinline__ void slice_judge(const SliceTensors& tensors) {
@@ -287,19 +269,15 @@ __device__ __forceinline__ void slice_judge(const SliceTensors& tensors) {
 
 template <bool kDoubles>
 __device__ __forceinline__ void slice_scale(const SliceTensors& tensors) {
-  struct Shared {
-    double of_warps[kWarps];
-  };
-  REGFUSED_SHARED(Shared, shared);
   if (tensors.is_skipped()) return;
   for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
-    if (!tensor.data && !tensor.zeros) continue;
+    if (!tensor.data) continue;
     by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
       if (tensor.by_segments)
         scale_segment<S>(tensor, i - tensor.first_piece);
       else
-        scale_tile<S>(tensor, i - tensor.first_piece, shared.of_warps);
+        scale_tile<S>(tensor, i - tensor.first_piece);
     });
   }
 }

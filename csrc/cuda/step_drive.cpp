@@ -1,4 +1,4 @@
-// Runs the two passes of an SGD step over the tensors of a CUDA device.
+// Runs the two passes of a step over the tensors of a CUDA device.
 #include "step_drive.h"
 
 #include <algorithm>
@@ -18,13 +18,13 @@ namespace regfused {
 namespace {
 
 static_assert(sizeof(Chunk) % 8 == 0 && sizeof(StepDeviceRow) % 8 == 0 && sizeof(StepDeviceGroup) % 8 == 0 &&
-              sizeof(StepGrad) == 8);
+              sizeof(StepGrad) == 8 && sizeof(unsigned) <= sizeof(double));
 
 }  // namespace
 
 StepOnCuda::StepOnCuda(c10::Device device)
-    : device_(device), memory_(memory_of(device)), room_for_each_(step_room_for_each()), slices_(device) {
-  // As long as no step was taken: no norm, no clip, nothing counted.
+    : device_(device), memory_(memory_of(device)), room_for_inputs_(step_room_for_inputs()), slices_(device) {
+  // As long as no step was taken: no norm, no clip, nothing skipped.
   record_ = at::zeros({kDeviceRecordSize}, at::TensorOptions().device(memory_).dtype(at::kDouble));
   record_.select(0, kGradNorm).fill_(NAN);
   record_.select(0, kClipCoef).fill_(1);
@@ -53,8 +53,8 @@ void StepOnCuda::follow_stream() {
   const cudaStream_t now = stream();
   if (now == last_stream_) return;
   last_stream_ = now;
-  for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{&tables_, &partials_, &gathered_, &sums_,
-                                                                           &record_, &far_each_, &slices_.memory()})
+  for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{
+           &tables_, &partials_, &gathered_, &penalties_, &record_, &sent_inputs_, &slices_.memory()})
     if (tensor->defined()) in_use_on_current_stream(*tensor);
 }
 
@@ -66,20 +66,20 @@ void StepOnCuda::send(const at::Tensor& to, const void* from, size_t bytes) {
 
 void StepOnCuda::cut(const StepWork& work, int8_t index) {
   rows_.clear();
-  for (size_t row = 0; row < work.tensors.size(); ++row)
-    if (work.tensors[row].device == index) rows_.push_back(static_cast<int32_t>(row));
+  for (size_t row = 0; row < work.rows.size(); ++row)
+    if (work.rows[row].device == index) rows_.push_back(static_cast<int32_t>(row));
   is_uploaded_ = false;
 }
 
 void StepOnCuda::cut_chunks(const StepWork& work) {
   int64_t numel = 0;
-  for (const int32_t row : rows_) numel += work.tensors[row].numel;
+  for (const int32_t row : rows_) numel += work.rows[row].numel;
   const int64_t chunk = chunk_for(numel);
   chunks_.clear();
-  for (size_t t = 0; t < rows_.size(); ++t) {
-    const int64_t size = work.tensors[rows_[t]].numel;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const int64_t size = work.rows[rows_[r]].numel;
     for (int64_t begin = 0; begin < size; begin += chunk)
-      chunks_.push_back({static_cast<int32_t>(t), static_cast<int32_t>(std::min(chunk, size - begin)), begin});
+      chunks_.push_back({static_cast<int32_t>(r), static_cast<int32_t>(std::min(chunk, size - begin)), begin});
   }
   TORCH_CHECK(chunks_.size() < size_t(1) << 30, "regfused: too many elements on one device");
   span_ = static_cast<int32_t>(span_for(static_cast<int64_t>(chunks_.size())));
@@ -95,35 +95,43 @@ void StepOnCuda::begin(const StepWork& work) {
   if (!is_uploaded_) {
     TORCH_CHECK(!is_capturing(),
                 "regfused: in a CUDA graph a step must find everything as the step before left it, but "
-                "parameters, momentum buffers or groups are new (take a step before the capture)");
+                "parameters, their state or groups are new (take a step before the capture)");
     cut_chunks(work);
     upload_tables(work);
   }
   was_captured_ |= is_capturing();
-  collect_each(work);
+  collect_inputs(work);
 }
 
 // Notes where the tables on the device are out of date.
 void StepOnCuda::update_table(const StepWork& work) {
   is_uploaded_ &= table_.size() == rows_.size();
   table_.resize(rows_.size());
-  for (size_t t = 0; t < rows_.size(); ++t) {
-    const StepRow& tensor = work.tensors[rows_[t]];
-    StepDeviceRow& known = table_[t];
-    // Where a tensor has no gradient its buffer does not matter.
-    void* buffer = tensor.grad || !is_uploaded_ ? tensor.momentum_buffer : known.momentum_buffer;
-    is_uploaded_ &= known.param == tensor.param && known.momentum_buffer == buffer && known.group == tensor.group &&
-                    known.dtype == tensor.dtype;
-    known = {tensor.param, buffer, tensor.group, tensor.dtype};
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const StepRow& row = work.rows[rows_[r]];
+    StepDeviceRow now = table_[r];
+    now.param = row.param;
+    now.group = row.group;
+    now.dtype = row.dtype;
+    // Where a parameter has no gradient its state does not matter.
+    if (row.grad || !is_uploaded_) {
+      std::copy_n(row.slots, kMostSlots, now.slots);
+      now.slot_set = row.slot_set;
+      now.steps = row.steps;
+      now.steps_dtype = row.steps_dtype;
+    }
+    TORCH_INTERNAL_ASSERT(!row.grad || row.steps || !info_of(work.rule).counts_steps);
+    is_uploaded_ &= table_[r] == now;
+    table_[r] = now;
   }
 }
 
 void StepOnCuda::upload_tables(const StepWork& work) {
   doubles_ = false;
-  for (const StepDeviceRow& tensor : table_) doubles_ |= tensor.dtype == DType::float64;
+  for (const StepDeviceRow& row : table_) doubles_ |= row.dtype == DType::float64;
   const char* operation = "tell how many blocks it runs at once";
-  check_cuda(step_resident_blocks(StepPass::norm, device_.index(), doubles_, resident_norm_), operation);
-  check_cuda(step_resident_blocks(StepPass::step, device_.index(), doubles_, resident_step_), operation);
+  check_cuda(step_resident_blocks({StepPass::norm, work.rule, doubles_}, device_.index(), resident_norm_), operation);
+  check_cuda(step_resident_blocks({StepPass::step, work.rule, doubles_}, device_.index(), resident_step_), operation);
   const size_t chunk_bytes = chunks_.size() * sizeof(Chunk);
   const size_t table_bytes = table_.size() * sizeof(StepDeviceRow);
   std::vector<unsigned char> bytes(chunk_bytes + table_bytes);
@@ -131,29 +139,28 @@ void StepOnCuda::upload_tables(const StepWork& work) {
   std::copy_n(reinterpret_cast<const unsigned char*>(table_.data()), table_bytes, bytes.data() + chunk_bytes);
   replace(tables_, allocate(bytes.size()));
   replace(partials_, allocate(sizeof(double) * span_count_));
-  at::Tensor sums = at::zeros({2, span_count_}, partials_.options());
-  if (sums_.defined()) sums.select(1, 0).copy_(sums_.sum(1));  // the numbers of the last step stay
-  if (!slices_.empty()) sums.select(0, 1).select(0, 0).add_(slices_.zeros().sum());
-  replace(sums_, std::move(sums));
+  at::Tensor penalties = at::zeros({span_count_}, partials_.options());
+  if (penalties_.defined()) penalties.select(0, 0).copy_(penalties_.sum());  // that of the last step stays
+  replace(penalties_, std::move(penalties));
   sliced_.clear();
   std::vector<SliceTensor> slices;
-  for (const int32_t row : rows_) {
-    const StepRow& tensor = work.tensors[row];
-    if (work.groups[tensor.group].group_l1 == 0 || tensor.numel == 0) continue;
-    sliced_.push_back(row);
-    slices.push_back(slices_of(tensor, work.groups[tensor.group]));
+  for (const int32_t r : rows_) {
+    const StepRow& row = work.rows[r];
+    if (work.groups[row.group].group_l1 == 0 || row.numel == 0) continue;
+    sliced_.push_back(r);
+    slices.push_back(slices_of(row, work.groups[row.group]));
   }
   if (slices_.memory().defined() && was_captured_) retired_.push_back(slices_.memory());
-  slices_.plan(slices, /*counts=*/true);
+  slices_.plan(slices);
   send(tables_, bytes.data(), bytes.size());
   is_uploaded_ = true;
 }
 
 // --- One step -------------------------------------------------------------------------------------
 
-void StepOnCuda::collect_each(const StepWork& work) {
+void StepOnCuda::collect_inputs(const StepWork& work) {
   constexpr size_t kGroupWords = sizeof(StepDeviceGroup) / 8;
-  each_.assign(work.groups.size() * kGroupWords + rows_.size(), 0);
+  inputs_.assign(work.groups.size() * kGroupWords + rows_.size(), 0);
   lr_.clear();
   for (size_t g = 0; g < work.groups.size(); ++g) {
     StepDeviceGroup group{};
@@ -161,24 +168,22 @@ void StepOnCuda::collect_each(const StepWork& work) {
     group.lr = number(work.lr[g], work.groups[g].lr);
     if (work.lr[g].defined()) group.lr.rounding = static_cast<float>(rounding_of(work.lr[g].scalar_type()));
     lr_.push_back(group.lr);
-    std::memcpy(each_.data() + g * kGroupWords, &group, sizeof group);
+    std::memcpy(inputs_.data() + g * kGroupWords, &group, sizeof group);
   }
-  numel_ = 0;
-  uint64_t* grads = each_.data() + work.groups.size() * kGroupWords;
-  for (size_t t = 0; t < rows_.size(); ++t) {
-    const StepRow& tensor = work.tensors[rows_[t]];
-    if (!tensor.grad) continue;
-    const StepGrad grad(tensor.grad, tensor.first);
-    std::memcpy(grads + t, &grad, sizeof grad);
-    numel_ += static_cast<double>(tensor.numel);
+  uint64_t* grads = inputs_.data() + work.groups.size() * kGroupWords;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const StepRow& row = work.rows[rows_[r]];
+    if (!row.grad) continue;
+    const StepGrad grad(row.grad, row.t == 1);
+    std::memcpy(grads + r, &grad, sizeof grad);
   }
-  const size_t bytes = each_.size() * sizeof(uint64_t);
-  if (bytes <= room_for_each_) return;
-  if (!far_each_.defined() || far_each_.nbytes() < bytes) {
+  const size_t bytes = inputs_.size() * sizeof(uint64_t);
+  if (bytes <= room_for_inputs_) return;
+  if (!sent_inputs_.defined() || sent_inputs_.nbytes() < bytes) {
     TORCH_CHECK(!is_capturing(), "regfused: take a step before the capture in a CUDA graph");
-    replace(far_each_, allocate(bytes));
+    replace(sent_inputs_, allocate(bytes));
   }
-  send(far_each_, each_.data(), bytes);
+  send(sent_inputs_, inputs_.data(), bytes);
 }
 
 // A number on the device where there is one, in a type that the kernels read.
@@ -196,21 +201,21 @@ DeviceNumber StepOnCuda::number(const at::Tensor& tensor, double value) const {
 StepJob StepOnCuda::job(const StepWork& work, const StepScalars& scalars) const {
   StepJob job;
   job.chunks = static_cast<const Chunk*>(tables_.data_ptr());
-  job.tensors = reinterpret_cast<const StepDeviceRow*>(job.chunks + chunks_.size());
+  job.rows = reinterpret_cast<const StepDeviceRow*>(job.chunks + chunks_.size());
+  job.row_count = static_cast<int32_t>(rows_.size());
   job.chunk_count = static_cast<int32_t>(chunks_.size());
   job.span = span_;
   job.span_count = span_count_;
   job.group_count = static_cast<int32_t>(work.groups.size());
   job.partials = static_cast<double*>(partials_.data_ptr());
-  job.sums = static_cast<double*>(sums_.data_ptr());
+  job.penalties = static_cast<double*>(penalties_.data_ptr());
   job.record = static_cast<double*>(record_.data_ptr());
-  if (each_.size() * sizeof(uint64_t) > room_for_each_)
-    job.each = static_cast<const unsigned char*>(far_each_.data_ptr());
+  if (inputs_.size() * sizeof(uint64_t) > room_for_inputs_)
+    job.inputs = static_cast<const unsigned char*>(sent_inputs_.data_ptr());
   job.grad_scale = number(work.grad_scale, scalars.grad_scale);
   job.found_inf = number(work.found_inf, 0);
   job.clip_coef = scalars.clip_coef;
   job.max_norm = scalars.max_norm;
-  job.numel = numel_;
   job.norm_type = scalars.norm_type;
   job.clips = scalars.clips;
   job.skip_nonfinite = scalars.skip_nonfinite;
@@ -218,16 +223,16 @@ StepJob StepOnCuda::job(const StepWork& work, const StepScalars& scalars) const 
   return job;
 }
 
-void StepOnCuda::launch(StepPass pass, const StepJob& job, const char* operation) {
+void StepOnCuda::launch(StepPass pass, const StepWork& work, const StepJob& job, const char* operation) {
   const int blocks = blocks_for(span_count_, pass == StepPass::norm ? resident_norm_ : resident_step_);
-  check_cuda(launch_step(pass, job, reinterpret_cast<const unsigned char*>(each_.data()),
-                         each_.size() * sizeof(uint64_t), doubles_, blocks, stream()),
+  check_cuda(launch_step({pass, work.rule, doubles_}, job, reinterpret_cast<const unsigned char*>(inputs_.data()),
+                         inputs_.size() * sizeof(uint64_t), blocks, stream()),
              operation);
 }
 
 void StepOnCuda::measure(const StepWork& work, const StepScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
-  launch(StepPass::norm, job(work, scalars), "launch the norm kernel");
+  launch(StepPass::norm, work, job(work, scalars), "launch the norm kernel");
 }
 
 double StepOnCuda::measured(const StepScalars& scalars) {
@@ -250,15 +255,15 @@ std::pair<int64_t, int64_t> StepOnCuda::first_nonfinite() const {
 
 void StepOnCuda::step(const StepWork& work, const StepScalars& scalars) {
   const c10::DeviceGuard guard(memory_);
-  launch(StepPass::step, job(work, scalars), "launch the step kernel");
+  launch(StepPass::step, work, job(work, scalars), "launch the step kernel");
   shrink(work);
 }
 
 // The group lasso, unless the device has skipped the step.
 void StepOnCuda::shrink(const StepWork& work) {
   for (size_t i = 0; i < sliced_.size(); ++i) {
-    const StepRow& tensor = work.tensors[sliced_[i]];
-    slices_.set(i, tensor.grad ? tensor.param : nullptr, work.groups[tensor.group].group_l1, lr_[tensor.group]);
+    const StepRow& row = work.rows[sliced_[i]];
+    slices_.set(i, row.grad ? row.param : nullptr, work.groups[row.group].group_bound(), lr_[row.group]);
   }
   slices_.shrink(static_cast<const double*>(record_.data_ptr()) + kStepSkipped);
 }
@@ -277,7 +282,7 @@ void StepOnCuda::judge_and_step(const StepWork& work, const StepScalars& scalars
     judging.gathered = static_cast<const double*>(gathered_.data_ptr());
     judging.gathered_count = static_cast<int32_t>(gathered_.numel());
   }
-  launch(StepPass::step, judging, "launch the step kernel");
+  launch(StepPass::step, work, judging, "launch the step kernel");
   shrink(work);
 }
 
@@ -296,8 +301,7 @@ void StepOnCuda::gather(const std::vector<at::Tensor>& partials_of_all) {
 at::Tensor StepOnCuda::numbers() const {
   const c10::DeviceGuard guard(memory_);
   at::Tensor numbers = record_.narrow(0, 0, kRecordSize).clone();
-  numbers.narrow(0, kPenalty, 2).copy_(sums_.sum(1));
-  if (!slices_.empty()) numbers.select(0, kZeros).add_(slices_.zeros().sum());
+  numbers.select(0, kPenalty).copy_(penalties_.sum());
   return numbers;
 }
 

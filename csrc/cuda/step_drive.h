@@ -1,9 +1,9 @@
-// Runs the two passes of an SGD step over the tensors of a CUDA device.
+// Runs the two passes of a step over the tensors of a CUDA device.
 #pragma once
 
 #include <vector>
 
-#include "../step_drive.h"
+#include "../step_device.h"
 #include "slice_drive.h"
 #include "step_launch.h"
 
@@ -22,7 +22,7 @@ class StepOnCuda : public StepAsyncDevice {
   double measured(const StepScalars& scalars) override;
   std::pair<int64_t, int64_t> first_nonfinite() const override;
   void step(const StepWork& work, const StepScalars& scalars) override;
-  StepTotals totals() const override { return {}; }  // the device has them
+  double penalty() const override { return 0; }  // the device has it: see numbers()
 
   bool is_capturing() const override;
   at::Tensor partials() const override { return partials_; }
@@ -34,10 +34,10 @@ class StepOnCuda : public StepAsyncDevice {
   void cut_chunks(const StepWork& work);
   void update_table(const StepWork& work);
   void upload_tables(const StepWork& work);
-  void collect_each(const StepWork& work);
+  void collect_inputs(const StepWork& work);
   DeviceNumber number(const at::Tensor& tensor, double value) const;
   StepJob job(const StepWork& work, const StepScalars& scalars) const;
-  void launch(StepPass pass, const StepJob& job, const char* operation);
+  void launch(StepPass pass, const StepWork& work, const StepJob& job, const char* operation);
   void shrink(const StepWork& work);
   void gather(const std::vector<at::Tensor>& partials_of_all);
   at::Tensor allocate(size_t bytes) const;
@@ -49,29 +49,28 @@ class StepOnCuda : public StepAsyncDevice {
   c10::Device device_;
   c10::Device memory_;                         // where its tensors are
   int resident_norm_ = 0, resident_step_ = 0;  // blocks that run at the same time
-  size_t room_for_each_ = 0;
+  size_t room_for_inputs_ = 0;
 
   // On the host.
-  std::vector<int32_t> rows_;  // of StepWork::tensors: those on this device
+  std::vector<int32_t> rows_;  // of StepWork::rows: those on this device
   std::vector<Chunk> chunks_;
   std::vector<StepDeviceRow> table_;  // as uploaded
-  std::vector<uint64_t> each_;        // groups and gradients of this step
+  std::vector<uint64_t> inputs_;      // groups and gradients of this step
   std::vector<DeviceNumber> lr_;      // of each group
   std::vector<int32_t> sliced_;       // rows that have a group lasso
   std::vector<double> measured_;      // partials, where the host judges
   int32_t span_ = 1, span_count_ = 0;
-  double numel_ = 0;  // of the tensors that this step updates
   bool doubles_ = false;
   bool is_uploaded_ = false;
 
   // On the device.
-  at::Tensor tables_;    // chunks, then tensors
-  at::Tensor partials_;  // a double for each span
-  at::Tensor gathered_;  // partials of all devices, where there are several
-  at::Tensor sums_;      // two doubles for each span
+  at::Tensor tables_;     // chunks, then rows
+  at::Tensor partials_;   // a double for each span
+  at::Tensor gathered_;   // partials of all devices, where there are several
+  at::Tensor penalties_;  // a double for each span
   at::Tensor record_;
   SlicesOnCuda slices_;
-  at::Tensor far_each_;  // each_, where it does not fit the arguments
+  at::Tensor sent_inputs_;  // inputs_, where they do not fit the arguments
   // Numbers in other types or on another device than the kernels read, for one step.
   mutable std::vector<at::Tensor> converted_;
 

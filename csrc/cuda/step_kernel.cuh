@@ -1,4 +1,4 @@
-// The two passes of an SGD step on a CUDA device.
+// The two passes of a step on a CUDA device, for every rule.
 #pragma once
 
 #include <cfloat>
@@ -11,66 +11,92 @@
 
 namespace regfused {
 
-// What the step made of one parameter group: see ../rule/sgd_rule.h.
+// What a block makes of one parameter group, in the type of arithmetic: see ../rule/step_rule.h.
 template <class T>
 struct StepNormRules {
   StepGradient<T> gradient;
   StepNormGradient<T> h;
   bool reads_param;
 };
-template <class T>
-struct StepStepRules {
+template <class T, class R>
+struct StepUpdateRules {
   StepGradient<T> gradient;
-  SgdRule<T> rule;
+  StepElement<T, R::template Rule> element;
   ElasticNetValue<T> penalty;
   bool has_penalty;
-  bool counts_zeros;  // or the group lasso does, which comes after
 };
 
 // The parts of a job that may differ in each step.
-struct StepEach {
+struct StepInputs {
   const StepDeviceGroup* groups;
   const StepGrad* grads;
 
-  __device__ __forceinline__ StepEach(const StepJob& job, const unsigned char* behind_the_job) {
-    const unsigned char* each = job.each ? job.each : behind_the_job;
-    groups = reinterpret_cast<const StepDeviceGroup*>(each);
+  __device__ __forceinline__ StepInputs(const StepJob& job, const unsigned char* in_arguments) {
+    const unsigned char* inputs = job.inputs ? job.inputs : in_arguments;
+    groups = reinterpret_cast<const StepDeviceGroup*>(inputs);
     grads = reinterpret_cast<const StepGrad*>(groups + job.group_count);
+  }
+};
+
+// Tells what a block made of a group from what it makes of others.
+struct StepKey {
+  int group_and_type;
+  double t;
+
+  __device__ __forceinline__ bool operator!=(const StepKey& other) const {
+    return group_and_type != other.group_and_type || !(t == other.t);
   }
 };
 
 // One chunk, as all threads of a block see it.
 struct StepPlace {
-  StepDeviceRow tensor;
+  StepDeviceRow row;
   StepGrad grad;
   int64_t begin;
   int size;
 
-  __device__ __forceinline__ StepPlace(const StepJob& job, const StepEach& each, int chunk) {
+  __device__ __forceinline__ StepPlace(const StepJob& job, const StepInputs& inputs, int chunk) {
     const Chunk here = job.chunks[chunk];
-    tensor = job.tensors[here.tensor];
-    grad = each.grads[here.tensor];
+    row = job.rows[here.tensor];
+    grad = inputs.grads[here.tensor];
     begin = here.begin;
     size = here.size;
   }
   template <class S>
   __device__ __forceinline__ S* param() const {
-    return in_global_memory<S>(tensor.param) + begin;
+    return in_global_memory<S>(row.param) + begin;
   }
   template <class S>
   __device__ __forceinline__ S* grads() const {
     return in_global_memory<S>(grad.grad()) + begin;
   }
   template <class S>
-  __device__ __forceinline__ S* momentum_buffer() const {
-    return in_global_memory<S>(tensor.momentum_buffer) + begin;
+  __device__ __forceinline__ S* slot(int k) const {
+    return in_global_memory<S>(row.slots[k]) + begin;
   }
-  // Tells the rules of this chunk from those of others.
-  __device__ __forceinline__ int rules() const {
-    return tensor.group * 4 + (tensor.dtype == DType::float64 ? 2 : 0) + (grad.first() ? 1 : 0);
+  // The one of a rule that counts is in the memory of the device.
+  template <class R>
+  __device__ __forceinline__ double t() const {
+    if constexpr (R::kCountsSteps)
+      return 1 + (row.steps_dtype == DType::float64 ? *in_global_memory<double>(row.steps)
+                                                    : double(*in_global_memory<float>(row.steps)));
+    else
+      return grad.first() ? 1 : 2;
+  }
+  __device__ __forceinline__ StepKey key(double t) const {
+    return {row.group * 2 + (row.dtype == DType::float64 ? 1 : 0), t};
   }
 };
-constexpr int kNoRules = -1;
+constexpr StepKey kNoKey = {-1, 0};
+
+// function.template operator()<kSlots>() for the set of slots of a row.
+template <class R, size_t I = 0, class Function>
+__device__ __forceinline__ void by_slot_set(unsigned slot_set, const Function& function) {
+  constexpr unsigned kSlots = R::kSlotSets[I];
+  if constexpr (I + 1 < sizeof(R::kSlotSets) / sizeof(R::kSlotSets[0]))
+    if (slot_set != kSlots) return by_slot_set<R, I + 1>(slot_set, function);
+  function.template operator()<kSlots>();
+}
 
 // --- The norm -------------------------------------------------------------------------------------
 
@@ -81,12 +107,12 @@ __device__ __forceinline__ A norm_share(const StepPlace& place, const StepNormRu
   const S* __restrict__ grads = place.grads<S>();
   const S* __restrict__ params = place.param<S>();
   A accumulated = 0;
-  for_each_access(grads, place.size, kPenalty && !same_alignment(grads, params), [&]<int N>(int i) {
-    Pack<S, N> grad, param;
-    grad.load(grads + i);
-    if constexpr (kPenalty) param.load(params + i);
+  for_each_pack(grads, place.size, kPenalty && !same_alignment(grads, params), [&](const PackPlace& at) {
+    WidePack<S> grad, param;
+    grad.load(grads, at);
+    if constexpr (kPenalty) param.load(params, at);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
+    for (int j = 0; j < kPerAccess<S>; ++j) {
       Arithmetic<S> h = rules.gradient(widen(grad.at[j]));
       if constexpr (kPenalty) h = rules.h(h, widen(param.at[j]));
       accumulated = norm_accumulate(type, accumulated, A(h));
@@ -102,26 +128,26 @@ __device__ __forceinline__ double norm_share(const StepPlace& place, const StepN
 }
 
 template <bool kDoubles>
-__device__ __forceinline__ void step_norm(const StepJob& job, const StepEach& each) {
+__device__ __forceinline__ void step_norm(const StepJob& job, const StepInputs& inputs) {
   struct Shared {
     MadeOnce<sizeof(StepNormRules<double>)> rules;
     double of_warps[kWarps];
   };
   REGFUSED_SHARED(Shared, shared);
   const NormType type = job.norm_type;
-  int made = kNoRules;
+  StepKey made = kNoKey;
 
   for (int span = int(blockIdx.x); span < job.span_count; span += int(gridDim.x)) {
     const int begin = span * job.span;
     const int end = begin + job.span < job.chunk_count ? begin + job.span : job.chunk_count;
     double sum = 0;
     for (int chunk = begin; chunk < end; ++chunk) {
-      const StepPlace place(job, each, chunk);
+      const StepPlace place(job, inputs, chunk);
       if (place.grad.is_none()) continue;
-      by_dtype<kDoubles>(place.tensor.dtype, [&]<class S>() {
+      by_dtype<kDoubles>(place.row.dtype, [&]<class S>() {
         using T = Arithmetic<S>;
-        const auto& rules = shared.rules.template get<StepNormRules<T>>(place.rules(), made, [&] {
-          const SgdHyper hyper = each.groups[place.tensor.group].read();
+        const auto& rules = shared.rules.template get<StepNormRules<T>>(place.key(0), made, [&] {
+          const StepHyper hyper = inputs.groups[place.row.group].read();
           return StepNormRules<T>{StepGradient<T>(hyper, job.grad_scale.get()), StepNormGradient<T>(hyper),
                                   hyper.penalty_in_norm()};
         });
@@ -160,47 +186,47 @@ __device__ __forceinline__ void write_record(const StepJob& job, const StepVerdi
     job.record[kClipCoef] = verdict.skip ? 0 : verdict.clip_coef;
   }
   job.record[kStepSkipped] = verdict.skip;
-  if (!verdict.skip) job.record[kNumel] = job.numel;
   if (verdict.skip && job.counts_skips) job.record[kSkipped] += 1;
 }
 
-// Sums for the record, of this thread.
-template <class T>
-struct StepSums {
-  T penalty = 0;
-  int zeros = 0;
-};
-
-template <class S, bool kMomentum>
-__device__ __forceinline__ StepSums<Arithmetic<S>> step_share(const StepPlace& place,
-                                                              const StepStepRules<Arithmetic<S>>& rules) {
+// This thread's share of a chunk; its penalty.
+template <class R, class S, unsigned kSlots>
+__device__ __forceinline__ Arithmetic<S> step_share(const StepPlace& place,
+                                                    const StepUpdateRules<Arithmetic<S>, R>& rules) {
   using T = Arithmetic<S>;
   S* __restrict__ params = place.param<S>();
   S* __restrict__ grads = place.grads<S>();
-  S* __restrict__ buffers = kMomentum ? place.momentum_buffer<S>() : nullptr;
-  const bool apart = !same_alignment(params, grads) || (kMomentum && !same_alignment(params, buffers));
-  StepSums<T> sums;
-  for_each_access(params, place.size, apart, [&]<int N>(int i) {
-    Pack<S, N> param, grad, buffer;
-    param.load(params + i);
-    grad.load(grads + i);
-    if constexpr (kMomentum) buffer.load(buffers + i);
+  bool apart = !same_alignment(params, grads);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      T p = widen(param.at[j]);
-      T g = widen(grad.at[j]);
-      T b = 0;
-      if constexpr (kMomentum) b = widen(buffer.at[j]);
-      if (rules.has_penalty) sums.penalty += rules.penalty(p);
-      rules.rule.template operator()<kMomentum>(p, rules.gradient(g), b);
+  for (int k = 0; k < kMostSlots; ++k)
+    if (kSlots >> k & 1) apart |= !same_alignment(params, place.slot<S>(k));
+  T penalty = 0;
+  for_each_pack(params, place.size, apart, [&](const PackPlace& at) {
+    WidePack<S> param, grad, slots[kMostSlots];
+    param.load(params, at);
+    grad.load(grads, at);
+#pragma unroll
+    for (int k = 0; k < kMostSlots; ++k)
+      if (kSlots >> k & 1) slots[k].load(place.slot<S>(k), at);
+#pragma unroll
+    for (int j = 0; j < kPerAccess<S>; ++j) {
+      T p = widen(param.at[j]), s[kMostSlots];
+#pragma unroll
+      for (int k = 0; k < kMostSlots; ++k)
+        if (kSlots >> k & 1) s[k] = widen(slots[k].at[j]);
+      if (rules.has_penalty) penalty += rules.penalty(p);
+      rules.element.template operator()<kSlots>(p, rules.gradient(widen(grad.at[j])), s);
       narrow(p, param.at[j]);
-      if constexpr (kMomentum) narrow(b, buffer.at[j]);
-      sums.zeros += widen(param.at[j]) == 0;
+#pragma unroll
+      for (int k = 0; k < kMostSlots; ++k)
+        if (kSlots >> k & 1) narrow(s[k], slots[k].at[j]);
     }
-    param.store(params + i);
-    if constexpr (kMomentum) buffer.store(buffers + i);
+    param.store(params, at);
+#pragma unroll
+    for (int k = 0; k < kMostSlots; ++k)
+      if (kSlots >> k & 1) slots[k].store(place.slot<S>(k), at);
   });
-  return sums;
+  return penalty;
 }
 
 // torch's AMP contract: g / grad_scale in the gradient. A loop of its own, as the registers of
@@ -208,70 +234,88 @@ __device__ __forceinline__ StepSums<Arithmetic<S>> step_share(const StepPlace& p
 template <class S>
 __device__ __forceinline__ void unscale_share(const StepPlace& place, const StepGradient<Arithmetic<S>>& gradient) {
   S* grads = place.grads<S>();
-  for_each_access(grads, place.size, false, [&]<int N>(int i) {
-    Pack<S, N> grad;
-    grad.load(grads + i);
+  for_each_pack(grads, place.size, false, [&](const PackPlace& at) {
+    WidePack<S> grad;
+    grad.load(grads, at);
 #pragma unroll
-    for (int j = 0; j < N; ++j) narrow(gradient.unscaled(widen(grad.at[j])), grad.at[j]);
-    grad.store(grads + i);
+    for (int j = 0; j < kPerAccess<S>; ++j) narrow(gradient.unscaled(widen(grad.at[j])), grad.at[j]);
+    grad.store(grads, at);
   });
 }
 
-template <bool kDoubles>
-__device__ __forceinline__ void step_update(const StepJob& job, const StepEach& each) {
+// One more step for every row that had a gradient, by the block that is done last: until then others read the old
+// numbers.
+__device__ __forceinline__ void count_steps(const StepJob& job, const StepInputs& inputs, bool& is_last) {
+  __syncthreads();  // the whole block is done
+  if (threadIdx.x == 0) {
+    auto* blocks_done = reinterpret_cast<unsigned*>(job.record + kBlocksDone);
+    __threadfence();
+    is_last = atomicInc(blocks_done, gridDim.x - 1) == gridDim.x - 1;  // the last one sets it back to 0
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+#pragma unroll 4
+  for (int r = int(threadIdx.x); r < job.row_count; r += kThreads) {
+    if (inputs.grads[r].is_none()) continue;
+    const StepDeviceRow& row = job.rows[r];
+    if (row.steps_dtype == DType::float64)
+      *in_global_memory<double>(row.steps) += 1;
+    else
+      *in_global_memory<float>(row.steps) += 1;
+  }
+}
+
+template <class R, bool kDoubles>
+__device__ __forceinline__ void step_update(const StepJob& job, const StepInputs& inputs) {
   struct Shared {
     StepVerdict verdict;
-    MadeOnce<sizeof(StepStepRules<double>)> rules;
-    double of_warps[2][kWarps];
+    MadeOnce<sizeof(StepUpdateRules<double, R>)> rules;
+    double of_warps[kWarps];
+    bool is_last;
   };
   REGFUSED_SHARED(Shared, shared);
 
   const double norm =
-      job.gathered ? gathered_norm(job.gathered, job.gathered_count, job.norm_type, shared.of_warps[0]) : NAN;
+      job.gathered ? gathered_norm(job.gathered, job.gathered_count, job.norm_type, shared.of_warps) : NAN;
   if (threadIdx.x == 0) {
     shared.verdict = judge(job, norm);
     if (blockIdx.x == 0) write_record(job, shared.verdict, norm);
   }
   __syncthreads();
   if (shared.verdict.skip) return;
-  int made = kNoRules;
+  StepKey made = kNoKey;
 
   for (int span = int(blockIdx.x); span < job.span_count; span += int(gridDim.x)) {
     const int begin = span * job.span;
     const int end = begin + job.span < job.chunk_count ? begin + job.span : job.chunk_count;
     double penalty = 0;
-    int zeros = 0;
     for (int chunk = begin; chunk < end; ++chunk) {
-      const StepPlace place(job, each, chunk);
+      const StepPlace place(job, inputs, chunk);
       if (place.grad.is_none()) continue;
-      by_dtype<kDoubles>(place.tensor.dtype, [&]<class S>() {
+      by_dtype<kDoubles>(place.row.dtype, [&]<class S>() {
         using T = Arithmetic<S>;
-        const auto& rules = shared.rules.template get<StepStepRules<T>>(place.rules(), made, [&] {
-          const SgdHyper hyper = each.groups[place.tensor.group].read();
-          return StepStepRules<T>{StepGradient<T>(hyper, job.grad_scale.get()),
-                                  SgdRule<T>(hyper, shared.verdict.clip_coef, place.grad.first()),
-                                  ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.l1 != 0 || hyper.l2 != 0,
-                                  hyper.group_l1 == 0};
+        const double t = place.template t<R>();
+        const auto& rules = shared.rules.template get<StepUpdateRules<T, R>>(place.key(t), made, [&] {
+          const StepHyper hyper = inputs.groups[place.row.group].read();
+          const StepTime time = R::at(hyper.own<typename R::Hyper>(), t);
+          return StepUpdateRules<T, R>{StepGradient<T>(hyper, job.grad_scale.get()),
+                                       StepElement<T, R::template Rule>(hyper, shared.verdict.clip_coef, time),
+                                       ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.has_penalty()};
         });
-        const StepSums<T> sums =
-            place.tensor.momentum_buffer ? step_share<S, true>(place, rules) : step_share<S, false>(place, rules);
+        by_slot_set<R>(place.row.slot_set,
+                       [&]<unsigned kSlots>() { penalty += step_share<R, S, kSlots>(place, rules); });
         if (job.write_unscaled_grad) {
           __syncthreads();  // all threads have read their gradients, which may be others than they unscale
           unscale_share<S>(place, rules.gradient);
         }
-        penalty += sums.penalty;
-        if (rules.counts_zeros) zeros += sums.zeros;
       });
     }
-    const auto add = [](double a, double b) { return a + b; };
-    penalty = block_combine(penalty, shared.of_warps[0], add);
-    const double all_zeros = block_combine(zeros, shared.of_warps[1], add);
-    if (threadIdx.x == 0) {
-      job.sums[span] = penalty;
-      job.sums[job.span_count + span] = all_zeros;
-    }
+    penalty = block_combine(penalty, shared.of_warps, [](double a, double b) { return a + b; });
+    if (threadIdx.x == 0) job.penalties[span] = penalty;
     __syncthreads();  // of_warps is free again
   }
+  if constexpr (R::kCountsSteps) count_steps(job, inputs, shared.is_last);
 }
 
 }  // namespace regfused

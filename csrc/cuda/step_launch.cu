@@ -1,6 +1,8 @@
-// Starts the kernels of an SGD step on a CUDA device.
+// Starts the kernels of a step on a CUDA device.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "launch.cuh"
@@ -11,23 +13,30 @@ namespace regfused {
 
 namespace {
 
-// Blocks of 256 threads on a multiprocessor, at least. With 4 a thread has 64 registers, and three
-// accesses of 16 bytes are in flight for each of 1024 threads: by Little's law, not by measurement,
-// about twice what hides the latency of an H100's memory. float64 does not fit 64 registers, and so
-// has kernels of its own.
-template <bool kDoubles>
-constexpr int kBlocksPerMultiprocessor = kDoubles ? 2 : 4;
-
-template <size_t kBytes, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
-    step_norm_kernel(const __grid_constant__ StepArguments<kBytes> arguments) {
-  step_norm<kDoubles>(arguments.job, StepEach(arguments.job, arguments.each));
+// Arrays that an element of a rule has: its parameter, its gradient and the slots of the largest set.
+template <class R>
+constexpr int arrays_of() {
+  int arrays = 2;
+  for (const unsigned slot_set : R::kSlotSets) arrays = std::max(arrays, 2 + std::popcount(slot_set));
+  return arrays;
 }
 
+// Blocks of 256 threads on a multiprocessor, at least. With 4 a thread has 64 registers, and three
+// accesses of 16 bytes are in flight for each of 1024 threads: by Little's law, not by measurement,
+// about twice what hides the latency of an H100's memory. With four arrays or more, 3 blocks (80 registers)
+// have as much in flight. float64 does not fit, and so has kernels of its own.
+constexpr int blocks_of(int arrays, bool doubles) { return doubles ? 2 : arrays <= 3 ? 4 : 3; }
+
 template <size_t kBytes, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
+__global__ void __launch_bounds__(kThreads, blocks_of(2, kDoubles))
+    step_norm_kernel(const __grid_constant__ StepArguments<kBytes> arguments) {
+  step_norm<kDoubles>(arguments.job, StepInputs(arguments.job, arguments.inputs));
+}
+
+template <size_t kBytes, class R, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, blocks_of(arrays_of<R>(), kDoubles))
     step_kernel(const __grid_constant__ StepArguments<kBytes> arguments) {
-  step_update<kDoubles>(arguments.job, StepEach(arguments.job, arguments.each));
+  step_update<R, kDoubles>(arguments.job, StepInputs(arguments.job, arguments.inputs));
 }
 
 template <size_t kBytes>
@@ -45,20 +54,26 @@ __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant_
 
 template <size_t kBytes>
 [[nodiscard]] cudaError_t launch_with(void (*kernel)(StepArguments<kBytes>), const StepJob& job,
-                                      const unsigned char* each, size_t bytes, int blocks, cudaStream_t stream) {
+                                      const unsigned char* inputs, size_t bytes, int blocks, cudaStream_t stream) {
   StepArguments<kBytes> arguments;
   arguments.job = job;
-  if (!job.each) {
-    if (bytes > sizeof arguments.each) return cudaErrorInvalidValue;
-    std::memcpy(arguments.each, each, bytes);
+  if (!job.inputs) {
+    if (bytes > sizeof arguments.inputs) return cudaErrorInvalidValue;
+    std::memcpy(arguments.inputs, inputs, bytes);
   }
   return launch(kernel, arguments, blocks, stream);
 }
 
 template <size_t kBytes>
-auto kernel_of(StepPass pass, bool doubles) {
-  if (pass == StepPass::norm) return doubles ? step_norm_kernel<kBytes, true> : step_norm_kernel<kBytes, false>;
-  return doubles ? step_kernel<kBytes, true> : step_kernel<kBytes, false>;
+using StepKernel = void (*)(StepArguments<kBytes>);
+
+template <size_t kBytes>
+StepKernel<kBytes> kernel_of(const StepKernelChoice& choice) {
+  const bool doubles = choice.doubles;
+  if (choice.pass == StepPass::norm) return doubles ? step_norm_kernel<kBytes, true> : step_norm_kernel<kBytes, false>;
+  return by_rule(choice.rule, [&]<class R>() -> StepKernel<kBytes> {
+    return doubles ? step_kernel<kBytes, R, true> : step_kernel<kBytes, R, false>;
+  });
 }
 
 }  // namespace
@@ -74,20 +89,20 @@ std::string step_cuda_built() {
   return built;
 }
 
-size_t step_room_for_each() {
+size_t step_room_for_inputs() {
   return has_large_arguments() ? StepArguments<kLargeArguments>::kRoom : StepArguments<kSmallArguments>::kRoom;
 }
 
-cudaError_t step_resident_blocks(StepPass pass, int device, bool doubles, int& blocks) {
-  return resident_blocks(kernel_of<kLargeArguments>(pass, doubles), device, blocks);
+cudaError_t step_resident_blocks(const StepKernelChoice& choice, int device, int& blocks) {
+  return resident_blocks(kernel_of<kLargeArguments>(choice), device, blocks);
 }
 
-cudaError_t launch_step(StepPass pass, const StepJob& job, const unsigned char* each, size_t bytes, bool doubles,
+cudaError_t launch_step(const StepKernelChoice& choice, const StepJob& job, const unsigned char* inputs, size_t bytes,
                         int blocks, cudaStream_t stream) {
   // Small arguments where they do: larger ones take the host longer.
-  if (job.each || bytes <= StepArguments<kSmallArguments>::kRoom)
-    return launch_with(kernel_of<kSmallArguments>(pass, doubles), job, each, bytes, blocks, stream);
-  return launch_with(kernel_of<kLargeArguments>(pass, doubles), job, each, bytes, blocks, stream);
+  if (job.inputs || bytes <= StepArguments<kSmallArguments>::kRoom)
+    return launch_with(kernel_of<kSmallArguments>(choice), job, inputs, bytes, blocks, stream);
+  return launch_with(kernel_of<kLargeArguments>(choice), job, inputs, bytes, blocks, stream);
 }
 
 namespace {

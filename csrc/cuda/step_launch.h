@@ -1,4 +1,4 @@
-// Starts the kernels of an SGD step on a CUDA device. No torch in here.
+// Starts the kernels of a step on a CUDA device. No torch in here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,17 +12,23 @@ namespace regfused {
 // Toolkit and architectures that the kernels were built for.
 std::string step_cuda_built();
 
-// Bytes of `each` (see StepJob) that fit the arguments of a kernel on this machine.
-size_t step_room_for_each();
+// Bytes of inputs (see StepJob) that fit the arguments of a kernel on this machine.
+size_t step_room_for_inputs();
 
 enum class StepPass { norm, step };
 
-// Blocks of a kernel that the current device runs at the same time. `doubles`: whether a tensor is float64.
-[[nodiscard]] cudaError_t step_resident_blocks(StepPass pass, int device, bool doubles, int& blocks);
+struct StepKernelChoice {
+  StepPass pass;
+  RuleId rule;   // of the step; the norm is the same for all
+  bool doubles;  // whether a row is float64
+};
 
-// `each`: what goes behind the job, on the host; of no meaning where job.each is set.
-[[nodiscard]] cudaError_t launch_step(StepPass pass, const StepJob& job, const unsigned char* each, size_t bytes,
-                                      bool doubles, int blocks, cudaStream_t stream);
+// Blocks of a kernel that the current device runs at the same time.
+[[nodiscard]] cudaError_t step_resident_blocks(const StepKernelChoice& choice, int device, int& blocks);
+
+// `inputs`: what goes behind the job, on the host; of no meaning where job.inputs is set.
+[[nodiscard]] cudaError_t launch_step(const StepKernelChoice& choice, const StepJob& job, const unsigned char* inputs,
+                                      size_t bytes, int blocks, cudaStream_t stream);
 
 // Copies `bytes` (a multiple of 8) from the host to the device inside the arguments of kernels: the
 // host's memory is free again at once, nothing waits, and a CUDA graph keeps what it was given.

@@ -66,5 +66,24 @@ struct ElasticNetProximal {
   }
 };
 
+// The same where each element has a step of its own length: threshold = length*l1 and growth = length*growth.
+template <class T>
+struct ElasticNetInMetric {
+  T l1, growth;
+
+  REGFUSED_RULE ElasticNetInMetric(double l1, double growth) : l1(T(l1)), growth(T(growth)) {}
+
+  template <class V>
+  REGFUSED_RULE V operator()(V p, V length) const {
+    // A strength of zero does nothing, whatever the length.
+    const V threshold = l1 == 0 ? V{} : l1 * length;
+    const V lower = V{} - threshold;
+    V clamped = p > lower ? p : lower;
+    clamped = clamped < threshold ? clamped : threshold;
+    p = p - clamped;
+    return growth == 0 ? p : p / (T(1) + growth * length);
+  }
+};
+
 }  // namespace REGFUSED_ISA
 }  // namespace regfused

@@ -1,6 +1,8 @@
 // What lets one rule file be compiled by g++ (once per instruction set) and by nvcc.
 #pragma once
 
+#include <cmath>
+
 // Rules are always inlined: a function compiled for AVX-512 must never become the one
 // copy that the linker keeps for a machine without it. The namespace says the same to
 // the linker once more.
@@ -24,6 +26,12 @@ inline namespace REGFUSED_ISA {
 template <class V, class T>
 REGFUSED_RULE V splat(T s) {
   return s - V{};
+}
+
+// Rounded to nearest on every instruction set and device, so that bits hold. cpu/vector.h has the one of vectors.
+template <class V>
+REGFUSED_RULE V square_root(V x) {
+  return sqrt(x);
 }
 
 }  // namespace REGFUSED_ISA

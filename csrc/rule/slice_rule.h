@@ -23,6 +23,14 @@ enum class SliceRule : uint8_t {
   max_norm,     // w * bound/||w|| where ||w|| > bound
 };
 
+// A bound that depends on the length of a step: per_length*length / (1 + growth*length).
+struct SliceBound {
+  double per_length = 0;
+  double growth = 0;
+
+  REGFUSED_RULE double at(double length) const { return per_length * length / (1 + growth * length); }
+};
+
 // Whether the rule leaves every slice as it is.
 REGFUSED_RULE bool is_neutral(SliceRule rule, double bound) {
   return rule == SliceRule::group_lasso ? bound == 0 : bound > 1.7976931348623157e308;

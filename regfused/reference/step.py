@@ -1,8 +1,7 @@
-"""One SGD step in torch operations: collect, norm, and an update that is formed whole before anything is written."""
+"""One step in torch operations: collect, norm, and an update that is formed whole before anything is written."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regfused import options
+from regfused import options, step_count
+from regfused.reference import shared_memory
+from regfused.reference.rule import Rule, is_on
 from regfused.reference.slices import slice_norms
 from regfused.shards import Shards, are_alike, is_dtensor, like, over_all_ranks, part_of, shards_of
 from regfused.stats import Part, Record
@@ -33,7 +34,7 @@ class Entry:
     place: tuple[int, int]  # which group, and where in it
     param: Tensor
     target: Tensor  # what is written: the parameter, or this rank's part of it
-    value: Tensor  # what is read as p: the target, but see `_copies_of_shared_memory`
+    value: Tensor  # what is read as p: the target, but see `shared_memory`
     raw_grad: Tensor
     grad_scale: float | Tensor | None
     shards: Shards | None = None  # where `target` is a part
@@ -59,7 +60,11 @@ class Entry:
 
 
 def collect(
-    params: Iterable[tuple[int, int, Group, Tensor]], grad_scale: float | Tensor | None, operation: str, state: State
+    params: Iterable[tuple[int, int, Group, Tensor]],
+    grad_scale: float | Tensor | None,
+    operation: str,
+    state: State,
+    rule: Rule,
 ) -> list[Entry]:
     """Entries for all parameters that have a gradient. Checks, and changes nothing.
 
@@ -68,6 +73,7 @@ def collect(
         grad_scale: by which gradients are to be divided, or None.
         operation: for messages.
         state: of the optimizer.
+        rule: of the optimizer.
     """
     entries = []
     counted: dict[int, Group] = {}
@@ -75,20 +81,21 @@ def collect(
         if param.grad is None:
             continue
         if g not in counted:
-            counted[g] = options.as_it_counts(given)
+            counted[g] = options.as_it_counts(given, rule)
         group = counted[g]
         entry = Entry(group, (g, i), param, param, param, param.grad, grad_scale)
-        _check(entry, f"parameter {i} of group {g}, of shape {tuple(param.shape)},", operation)
-        if is_dtensor(param) and _is_local(entry, state):
+        _check(entry, f"parameter {i} of group {g}, of shape {tuple(param.shape)},", operation, rule)
+        if is_dtensor(param) and _is_local(entry, state, rule):
             part = part_of(param)
             entry = Entry(group, (g, i), param, part, part, part_of(param.grad), grad_scale, shards_of(param))
         entries.append(entry)
     return entries
 
 
-def _check(entry: Entry, place: str, operation: str) -> None:
+def _check(entry: Entry, place: str, operation: str, rule: Rule) -> None:
     param, grad = entry.param, entry.raw_grad
-    if entry.sparse and not (entry.grad_scale is None and options.group_allows_sparse(entry.group)):
+    rule.check_gradient(operation, place, entry.group, param, grad)
+    if entry.sparse and not (entry.grad_scale is None and options.group_allows_sparse(entry.group, rule)):
         raise RuntimeError(
             f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
             f"fused=True demand dense gradients, but one of shape {tuple(param.shape)} has layout {grad.layout}"
@@ -104,13 +111,13 @@ def _check(entry: Entry, place: str, operation: str) -> None:
             raise RuntimeError(f"{operation}: a step has to write every {name}, but that of {place} {why}")
 
 
-def _is_local(entry: Entry, state: State) -> bool:
-    """Whether a step of a DTensor is one of its parts: then no rank needs what another one has, but for the norm."""
-    param, buffer = entry.param, state.get(entry.param, {}).get("momentum_buffer")
+def _is_local(entry: Entry, state: State, rule: Rule) -> bool:
+    """True if a step of a DTensor is one of its parts: then no rank needs what another one has, but for the norm."""
+    param, own = entry.param, state.get(entry.param, {})
     return (
         shards_of(param) is not None
         and are_alike(param, entry.raw_grad)
-        and (buffer is None or are_alike(param, buffer))
+        and all(own.get(slot) is None or are_alike(param, own[slot]) for slot in rule.slots)
         and not torch.is_grad_enabled()
         and float(entry.group["group_l1"]) == 0
     )
@@ -173,7 +180,7 @@ def clip_coefficient(max_norm: float | None, grad_norm: Tensor) -> Tensor | None
 
 
 class Update:
-    """Everything that a step will write: the new parameters and momentum buffers.
+    """Everything that a step will write: the new parameters and state.
 
     It is formed whole, beside the old ones, before the first tensor changes: what raises until then, or interrupts, has
     changed nothing. `commit` then writes all of it, plain dense tensors in one call of torch.
@@ -181,16 +188,18 @@ class Update:
     Args:
         entries: as collected.
         state: of the optimizer.
+        rule: of the optimizer.
         clip_coef: c, or None for no clip at all.
         happens: a 0-dim tensor of a bool where the host cannot know whether the step happens: what is written is what
-            was there, where it does not. A momentum buffer that the step makes is zero then.
-        first: parameters whose gradient is their first one; those that have no momentum buffer, by default.
+            was there, where it does not. State that the step makes is zero then.
+        first: parameters whose gradient is their first one; by default those that lack state.
     """
 
     def __init__(
         self,
         entries: list[Entry],
         state: State,
+        rule: Rule,
         clip_coef: Tensor | float | None,
         happens: Tensor | None = None,
         first: set[Tensor] | None = None,
@@ -198,16 +207,19 @@ class Update:
         #: Penalty and places of what will have been stepped.
         self.record = Record(clip_coef=_detached(clip_coef))
         self._state = state
+        self._rule = rule
         self._clip_coef = clip_coef
         self._happens = happens
-        self._first = first_gradients(entries, state) if first is None else first
+        self._first = first_gradients(entries, state, rule) if first is None else first
         self._known = values_are_known(entry.param for entry in entries)
         self._to: list[Tensor] = []
         self._from: list[Tensor] = []
-        self._velocities: dict[Tensor, Tensor] = {}  # of parameters that share their memory, as stored
+        #: State of parameters that share their memory, as stored: one that is listed twice finds what it left.
+        self._left: dict[Tensor, dict[str, Any]] = {}
         self._fresh: dict[Tensor, dict[str, Any]] = {}  # state that is to replace what is there, by parameter
         self._parts_of: list[Tensor] = []  # sharded tensors whose parts are written
-        copies = _copies_of_shared_memory(entries) if self._known and not torch.is_grad_enabled() else {}
+        in_turn = self._known and not torch.is_grad_enabled()
+        copies = shared_memory.copies([entry.param for entry in entries]) if in_turn else {}
         for entry in entries:
             if entry.param in copies:
                 entry = replace(entry, value=copies[entry.param])
@@ -252,8 +264,8 @@ class Update:
 
     def _step_dense(self, entry: Entry) -> None:
         group, param = entry.group, entry.value
-        lr, momentum, weight_decay = self._number(group["lr"]), group["momentum"], group["weight_decay"]
-        if _is_on(group["l1"]) or _is_on(group["l2"]):
+        lr, weight_decay = self._number(group["lr"]), group["weight_decay"]
+        if is_on(group["l1"]) or is_on(group["l2"]):
             self.record.penalties.append(Part(_penalty(param.detach(), group), entry.shards))
         old = _arithmetic(param)
 
@@ -262,28 +274,27 @@ class Update:
             d = d * (self._clip_coef.to(d.device) if isinstance(self._clip_coef, Tensor) else self._clip_coef)
         if not group["penalty_in_clip"] and not group["proximal"]:
             d = _add_penalty_gradient(d, param, group)
-        if _is_on(weight_decay) and not group["decoupled_weight_decay"]:
+        if is_on(weight_decay) and not group["decoupled_weight_decay"]:
             d = d + weight_decay * old
 
-        u = lr * d if group["classical_momentum"] else d
-        if _is_on(momentum):
-            gain = 1.0 if group["classical_momentum"] else 1.0 - group["dampening"]
-            velocity = self._accelerate(entry, u, gain)
-            u = u + momentum * velocity if group["nesterov"] else velocity
+        move, length = self._moved(entry, d, lr)
 
         new = old
-        if _is_on(weight_decay) and group["decoupled_weight_decay"]:
+        if is_on(weight_decay) and group["decoupled_weight_decay"]:
             new = new * (1 - lr * weight_decay)
-        if group["classical_momentum"]:
-            new = new - u
-        elif _is_on(lr):
-            new = new - lr * u
-        if group["proximal"] and (_is_on(group["l1"]) or _is_on(group["l2"])):
-            shrunk = torch.clamp(torch.abs(new) - lr * group["l1"], min=0)
-            new = torch.sgn(new) * shrunk / (1 + 2 * lr * group["l2"])
+        if move is not None:
+            new = new - move
+        if group["proximal"] and (is_on(group["l1"]) or is_on(group["l2"])):
+            length = self._rule.steady_gain(group) * length
+            shrunk = torch.clamp(torch.abs(new) - length * group["l1"], min=0)
+            new = torch.sgn(new) * shrunk / (1 + 2 * length * group["l2"])
         new = new.to(param.dtype)
-        if _is_on(group["group_l1"]) and _is_on(lr):
-            new = _shrink_groups(new, lr * group["group_l1"], group["group_dim"])
+        if is_on(group["group_l1"]) and is_on(lr):
+            # All elements have one length of step: lr.
+            length = self._rule.steady_gain(group) * lr
+            if group["proximal"] and is_on(group["l2"]):
+                length = length / (1 + 2 * length * group["l2"])
+            new = _shrink_groups(new, length * group["group_l1"], group["group_dim"])
 
         if param is entry.target:
             self._write(entry.target, new)
@@ -297,12 +308,10 @@ class Update:
 
     def _step_sparse(self, entry: Entry) -> None:
         """As torch's for-loop, for which the options were checked to be torch's."""
-        group = entry.group
-        d = u = entry.grad()
-        if _is_on(group["momentum"]):
-            velocity = self._accelerate(entry, d, 1.0 - group["dampening"])
-            u = d + group["momentum"] * velocity if group["nesterov"] else velocity
-        step = (u * -float(group["lr"])).to(entry.param.dtype)
+        move, _ = self._moved(entry, entry.grad(), float(entry.group["lr"]))
+        if move is None:
+            return
+        step = (-move).to(entry.param.dtype)
         if entry.value is not entry.param:
             entry.value.add_(step)
         elif step.layout == torch.strided:
@@ -310,43 +319,85 @@ class Update:
         else:
             self._write(entry.param, step.coalesce())
 
-    def _accelerate(self, entry: Entry, u: Tensor, gain: float) -> Tensor:
-        """The velocity momentum*b + gain*u, or u itself at the first gradient; it goes to the momentum buffer."""
-        param, momentum = entry.param, entry.group["momentum"]
-        state = self._state.get(param, {})
-        buffer = state.get("momentum_buffer")
-        if buffer is not None and entry.shards is not None:
-            self._parts_of.append(buffer)
-            buffer = part_of(buffer)
-        # A parameter that is listed twice has two first gradients, and one buffer, that of the second.
-        b = None if param in self._first else self._velocities.get(param, buffer)
-        if b is not None and b.layout == torch.strided:
-            b = b.to(param.dtype)  # the parameter may have come to another type
-        if b is None:
-            velocity = u
-        elif b.layout != torch.strided and u.layout == torch.strided:
-            velocity = gain * u + momentum * b
-        else:
-            velocity = momentum * _arithmetic(b) + gain * u
+    def _moved(self, entry: Entry, d: Tensor, lr: float | Tensor) -> tuple[Tensor | None, float | Tensor]:
+        """The rule's move and the length of its step; what it makes of the state is kept for later."""
+        param, group, rule = entry.param, entry.group, self._rule
+        there = self._state.get(param, {})
+        left = self._left.get(param, {})
+        slots: dict[str, Tensor | None] = {}
+        written: dict[str, Tensor | None] = {}  # what is in the state
+        for name in rule.slots_of(group):
+            stored = there.get(name)
+            if stored is not None and entry.shards is not None:
+                self._parts_of.append(stored)
+                stored = part_of(stored)
+            written[name] = stored
+            slots[name] = self._slot(entry, left.get(name, stored))
+        t = self._time(there, left) if rule.counts_steps else None
+        moved = rule.move(d, slots, group, t, lr)
         if entry.value is not entry.target:
-            self._velocities[param] = velocity.to(param.dtype)
+            self._left[param] = {name: slot.to(param.dtype) for name, slot in moved.slots.items()}
+        if t is not None:
+            self._keep_count(entry, there.get("step"), t)
+        for name, slot in moved.slots.items():
+            self._keep(entry, name, written[name], slot)
+        return moved.move, moved.length
+
+    def _slot(self, entry: Entry, stored: Tensor | None) -> Tensor | None:
+        """A slot as the rule reads it."""
+        if self._rule.start_from_gradient:
+            # A parameter that is listed twice has two first gradients, and one slot, that of the second.
+            stored = None if entry.param in self._first else stored
+        elif stored is None:
+            stored = torch.zeros_like(entry.target, requires_grad=False)
+        if stored is None or stored.layout != torch.strided:
+            return stored
+        return _arithmetic(stored.to(entry.param.dtype))  # the parameter may have come to another type
+
+    def _time(self, there: dict[str, Any], left: dict[str, Any]) -> float | Tensor:
+        """t, the number of this step; a tensor where the host must not wait for it."""
+        before = left.get("step", there.get("step"))
+        if before is None:
+            return 1.0
+        waits = isinstance(before, Tensor) and (not self._known or before.device.type != "cpu")
+        return before.detach().reshape(()).to(torch.float64) + 1 if waits else float(before) + 1
+
+    def _keep(self, entry: Entry, name: str, stored: Tensor | None, slot: Tensor) -> None:
+        """A slot as it is after the step, over the one in the state where it fits."""
+        param = entry.param
+        first = self._rule.start_from_gradient and param in self._first
         if (
-            buffer is not None
-            and buffer.layout == velocity.layout == torch.strided
-            and buffer.dtype == param.dtype
-            and param not in self._first
+            stored is not None
+            and stored.layout == slot.layout == torch.strided
+            and stored.dtype == param.dtype
+            and not first
         ):
-            self._write(buffer, velocity)
-            return velocity
-        if velocity.layout != torch.strided:
-            kept = velocity.clone()
+            self._write(stored, slot)
+            return
+        if slot.layout != torch.strided:
+            kept = slot.clone()
         else:
             kept = torch.empty_like(entry.target, requires_grad=False)
-            kept.copy_(velocity if self._happens is None else torch.where(self._happens, velocity, 0))
+            kept.copy_(slot if self._happens is None else torch.where(self._happens, slot, 0))
         if entry.shards is not None:
             kept = like(param, kept)
-        self._fresh[param] = {**state, "momentum_buffer": kept}
-        return velocity
+        self._add_fresh(param, name, kept)
+
+    def _keep_count(self, entry: Entry, stored: Any, t: float | Tensor) -> None:
+        param = entry.param
+        if entry.value is not entry.target:
+            self._left[param]["step"] = t
+        if isinstance(stored, Tensor):
+            self._write(stored, torch.as_tensor(t, dtype=stored.dtype, device=stored.device).expand(stored.shape))
+            return
+        count = step_count.as_tensor(0.0, param, entry.group)
+        happens = 1.0 if self._happens is None else self._happens.to(count.device, torch.float64)
+        self._add_fresh(param, "step", count.copy_(torch.as_tensor(t * happens)))
+
+    def _add_fresh(self, param: Tensor, name: str, value: Tensor) -> None:
+        if param not in self._fresh:
+            self._fresh[param] = dict(self._state.get(param, {}))
+        self._fresh[param][name] = value
 
     def _number(self, value: float | Tensor) -> float | Tensor:
         """A learning rate as a number, or as a 0-dim tensor where its value cannot be looked at."""
@@ -355,22 +406,22 @@ class Update:
         return value.item() if self._known else value.reshape(()).to(torch.float64)
 
 
-def first_gradients(entries: list[Entry], state: State) -> set[Tensor]:
-    """Parameters that have no momentum buffer yet."""
-    return {e.param for e in entries if state.get(e.param, {}).get("momentum_buffer") is None}
+def first_gradients(entries: list[Entry], state: State, rule: Rule) -> set[Tensor]:
+    """Parameters that have none of a rule's slots yet."""
+    return {e.param for e in entries if all(state.get(e.param, {}).get(slot) is None for slot in rule.slots)}
 
 
 def update_in_turn(
-    entries: list[Entry], state: State, clip_coef: Tensor | float | None, happens: Tensor | None
+    entries: list[Entry], state: State, rule: Rule, clip_coef: Tensor | float | None, happens: Tensor | None
 ) -> Record:
     """One update after the other, for tracers: nothing can be torn there.
 
     Parameters may share memory, which a tracer does not see, and a step is seen to take the memory of one update.
     """
     record = Record(clip_coef=_detached(clip_coef))
-    first = first_gradients(entries, state)
+    first = first_gradients(entries, state, rule)
     for entry in entries:
-        update = Update([entry], state, clip_coef, happens, first)
+        update = Update([entry], state, rule, clip_coef, happens, first)
         update.commit()
         record.penalties += update.record.penalties
         record.stepped += update.record.stepped
@@ -392,30 +443,6 @@ def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(plain_to, plain_sources)
         # Under a TorchDispatchMode that call does not do it.
         torch.autograd.graph.increment_version([tensor for tensor in plain_to if not tensor.is_inference()])
-
-
-def _storages(entries: list[Entry]) -> list[torch.UntypedStorage | None]:
-    return [e.param.untyped_storage() if options.is_plain(e.param) else None for e in entries]
-
-
-def _copies_of_shared_memory(entries: list[Entry]) -> dict[Tensor, Tensor]:
-    """Copies of parameters that share their storage with another one, or are listed twice: they share it there too.
-
-    Updates of such parameters follow one another, and each must see what the one before it did.
-    """
-    storages = _storages(entries)
-    times = Counter(s.data_ptr() for s in storages if s is not None)
-    copied: dict[int, torch.UntypedStorage] = {}
-    copies: dict[Tensor, Tensor] = {}
-    for entry, storage in zip(entries, storages, strict=True):
-        if storage is None or storage.data_ptr() == 0 or times[storage.data_ptr()] < 2:
-            continue
-        if storage.data_ptr() not in copied:
-            copied[storage.data_ptr()] = storage.clone()
-        param = entry.param
-        copy = torch.empty(0, dtype=param.dtype, device=param.device)
-        copies[param] = copy.set_(copied[storage.data_ptr()], param.storage_offset(), param.size(), param.stride())
-    return copies
 
 
 def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> Tensor:
@@ -447,9 +474,9 @@ def _arithmetic(tensor: Tensor) -> Tensor:
 def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
     """grad + l1*sign(p) + 2*l2*p, with sign(0) = 0."""
     p = _arithmetic(param)
-    if _is_on(group["l1"]):
+    if is_on(group["l1"]):
         grad = grad + group["l1"] * torch.sgn(p)
-    if _is_on(group["l2"]):
+    if is_on(group["l2"]):
         grad = grad + 2 * group["l2"] * p
     return grad
 
@@ -458,10 +485,5 @@ def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
 def _penalty(param: Tensor, group: Group) -> Tensor:
     """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
     size = torch.abs(param).double()
-    absolute = group["l1"] * size.sum() if _is_on(group["l1"]) else size.new_zeros(())
-    return absolute + (group["l2"] * size.square().sum() if _is_on(group["l2"]) else 0.0)
-
-
-def _is_on(value: Any) -> bool:
-    """Whether an option does anything; one that is off must not meet infinities, and a tensor may need its graph."""
-    return isinstance(value, Tensor) or value != 0
+    absolute = group["l1"] * size.sum() if is_on(group["l1"]) else size.new_zeros(())
+    return absolute + (group["l2"] * size.square().sum() if is_on(group["l2"]) else 0.0)

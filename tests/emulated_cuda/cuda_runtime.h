@@ -27,6 +27,14 @@ using emulated::threadIdx;
 #define __syncthreads() ::emulated::sync_threads(__FILE__, __LINE__)
 #define __shfl_down_sync(mask, value, distance) ::emulated::shuffle_down(mask, value, distance, __FILE__, __LINE__)
 
+// Blocks run one after another.
+#define __threadfence()
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  const unsigned before = *at;
+  *at = before >= last ? 0 : before + 1;
+  return before;
+}
+
 inline bool __isGlobal(const void*) { return true; }
 #define __builtin_assume(condition)
 

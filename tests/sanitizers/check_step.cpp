@@ -1,4 +1,7 @@
-// The SGD step, every dtype and size in one list, against its formula in double.
+// The step by each rule, every dtype and size in one list, against the rule's own formula run element by element in
+// double: what vectors, storage types, chunks and threads make of it.
+#include <cstring>
+
 #include "checks.h"
 #include "step_drive.h"
 
@@ -8,15 +11,18 @@ namespace {
 
 struct Case {
   std::string name;
-  SgdHyper hyper;
+  RuleId rule;
+  StepHyper hyper;
   StepScalars scalars = {};
-  bool momentum = false;
   double max_norm = INFINITY;
+
+  unsigned slot_set() const { return info_of(rule).slots_of(hyper); }
 };
 
 struct Tensor {
   SliceLayout slices;
-  Array param, grad, buffer;
+  Array param, grad;
+  Array slots[kMostSlots];
   bool has_grad = true;
 };
 using Tensors = std::vector<Tensor>;
@@ -24,8 +30,14 @@ using Tensors = std::vector<Tensor>;
 struct Step {
   Tensors tensors;
   double norm;
-  StepTotals totals;
+  double penalty;
 };
+
+template <class Hyper>
+StepHyper with(StepHyper hyper, const Hyper& own) {
+  hyper.set_own(own);
+  return hyper;
+}
 
 std::vector<Case> cases() {
   const auto amp = [](NormType type, double scale, bool write) {
@@ -35,39 +47,70 @@ std::vector<Case> cases() {
     scalars.write_unscaled_grad = write;
     return scalars;
   };
+  const AdamHyper adam, amsgrad = {.amsgrad = true}, decoupled = {.decoupled_proximal = true};
+  const auto sgd = RuleId::sgd, by_adam = RuleId::adam;
   return {
-      {"plain", {.lr = 0.1, .weight_decay = 0.1}},
-      {"momentum", {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .weight_decay = 0.1}, {}, true},
-      {"elastic net in the clip", {.lr = 0.1, .momentum = 0.9, .l1 = 0.2, .l2 = 0.1, .nesterov = true}, {}, true, 50},
-      {"norm 1, amp", {.lr = 0.1, .l1 = 0.3, .maximize = true}, amp(NormType::one, 8, true), false, 1e5},
-      {"norm inf, amp", {.lr = 0.1, .momentum = 0.5, .l2 = 0.2}, amp(NormType::inf, 4, true), true, 0.5},
+      {"plain", sgd, {.lr = 0.1, .weight_decay = 0.1}},
+      {"momentum", sgd, with({.lr = 0.1, .weight_decay = 0.1}, SgdHyper{.momentum = 0.9, .dampening = 0.3})},
+      {"nesterov", sgd, with({.lr = 0.1}, SgdHyper{.momentum = 0.9, .nesterov = true})},
+      {"elastic net in the clip",
+       sgd,
+       with({.lr = 0.1, .l1 = 0.2, .l2 = 0.1}, SgdHyper{.momentum = 0.9, .nesterov = true}),
+       {},
+       50},
+      {"norm 1, amp", sgd, {.lr = 0.1, .l1 = 0.3, .maximize = true}, amp(NormType::one, 8, true), 1e5},
+      {"norm inf, amp", sgd, with({.lr = 0.1, .l2 = 0.2}, SgdHyper{.momentum = 0.5}), amp(NormType::inf, 4, true), 0.5},
       {"proximal",
+       sgd,
        {.lr = 0.1, .weight_decay = 0.2, .l1 = 3, .l2 = 0.5, .proximal = true, .decoupled_weight_decay = true}},
       {"classical, elastic net outside",
-       {.lr = 0.1, .momentum = 0.8, .l1 = 0.1, .l2 = 0.1, .penalty_in_clip = false, .classical_momentum = true},
+       sgd,
+       with({.lr = 0.1, .l1 = 0.1, .l2 = 0.1, .penalty_in_clip = false},
+            SgdHyper{.momentum = 0.8, .classical_momentum = true}),
        {},
-       true,
        50},
+      {"Adam", by_adam, with({.lr = 0.1}, adam)},
+      {"AdamW, clip, amp", by_adam,
+       with({.lr = 0.1, .weight_decay = 0.1, .maximize = true, .decoupled_weight_decay = true}, adam),
+       amp(NormType::two, 8, true), 50},
+      {"amsgrad, elastic net", by_adam, with({.lr = 0.1, .l1 = 0.2, .l2 = 0.1}, amsgrad), {}, 50},
+      {"Adam, proximal", by_adam, with({.lr = 0.1, .l1 = 0.5, .l2 = 0.2, .proximal = true}, adam)},
+      {"Adam, decoupled proximal", by_adam, with({.lr = 0.1, .l1 = 3, .l2 = 0.2, .proximal = true}, decoupled)},
   };
 }
 
+// t of a step after the first one: a rule that does not count says 2.
+constexpr double kLaterT = 5;
+
+// A rule that does not count reads nothing of what the slots hold at a first gradient; others read zeros.
+Array fresh_slot(const Case& of, const Array& param) {
+  Array slot(param.dtype(), param.numel());
+  if (info_of(of.rule).counts_steps) std::memset(slot.data(), 0, param.numel() * size_of(param.dtype()));
+  return slot;
+}
+
 Step run(const Case& of, const Tensors& from, bool first) {
-  Step step{from, 0, {}};
+  Step step{from, 0, 0};
   StepDriver driver;
+  driver.rule = of.rule;
   driver.groups = {of.hyper};
   for (size_t t = 0; t < from.size(); ++t) {
     Tensor& tensor = step.tensors[t];
-    if (first) tensor.buffer = Array(tensor.param.dtype(), tensor.param.numel());
     StepRow row;
     row.param = tensor.param.data();
     row.grad = tensor.has_grad ? tensor.grad.data() : nullptr;
-    row.momentum_buffer = of.momentum ? tensor.buffer.data() : nullptr;
+    row.slot_set = static_cast<uint8_t>(of.slot_set());
+    for (int slot = 0; slot < kMostSlots; ++slot) {
+      if ((row.slot_set >> slot & 1) == 0) continue;
+      if (first) tensor.slots[slot] = fresh_slot(of, tensor.param);
+      row.slots[slot] = tensor.slots[slot].data();
+    }
     row.numel = tensor.param.numel();
     row.device = driver.index_of({});
     row.dtype = tensor.param.dtype();
     row.slices = tensor.slices;
-    row.first = first;
-    driver.tensors.push_back(row);
+    row.t = first ? 1 : kLaterT;
+    driver.rows.push_back(row);
   }
   driver.cut();
   driver.find_live();
@@ -76,7 +119,7 @@ Step run(const Case& of, const Tensors& from, bool first) {
   step.norm = norm_finish(scalars.norm_type, driver.norm(scalars));
   scalars.clip_coef = std::min(1.0, of.max_norm / (step.norm + 1e-6));
   driver.step(scalars);
-  step.totals = driver.totals();
+  step.penalty = driver.penalty();
   return step;
 }
 
@@ -84,37 +127,47 @@ double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 
 // What the step makes of one tensor, and g'.
 struct ByFormula {
-  std::vector<double> param, buffer, unscaled;
+  std::vector<double> param, slots[kMostSlots], unscaled;
 
   ByFormula(const Case& of, const Tensor& from, double c, bool first)
       : param(from.param.values()), unscaled(from.grad.values()) {
-    const SgdHyper& h = of.hyper;
-    if (of.momentum && !first) buffer = from.buffer.values();
-    if (of.momentum && first) buffer.resize(param.size());
-    for (size_t i = 0; i < param.size(); ++i) {
-      const double p = param[i], g = (unscaled[i] /= of.scalars.grad_scale) * (h.maximize ? -1 : 1);
-      const double penalty = h.proximal ? 0 : h.l1 * sign(p) + 2 * h.l2 * p;
-      double d = h.penalty_in_clip ? c * (g + penalty) : c * g + penalty;
-      if (!h.decoupled_weight_decay) d += h.weight_decay * p;
-      if (h.classical_momentum) d *= h.lr;
-      double u = d;
-      if (of.momentum) {
-        double& b = buffer[i];
-        b = first ? d : h.momentum * b + (h.classical_momentum ? 1 : 1 - h.dampening) * d;
-        u = h.nesterov ? d + h.momentum * b : b;
-      }
-      param[i] = (h.decoupled_weight_decay ? 1 - h.lr * h.weight_decay : 1) * p - (h.classical_momentum ? u : h.lr * u);
-      if (h.proximal)
-        param[i] = sign(param[i]) * std::max(std::abs(param[i]) - h.lr * h.l1, 0.0) / (1 + 2 * h.lr * h.l2);
+    for (double& g : unscaled) g /= of.scalars.grad_scale;
+    for (int slot = 0; slot < kMostSlots; ++slot) {
+      if ((of.slot_set() >> slot & 1) == 0) continue;
+      if (first)
+        slots[slot].resize(param.size());
+      else
+        slots[slot] = from.slots[slot].values();
     }
-    const double threshold = h.lr * h.group_l1;
+    by_rule(of.rule, [&]<class R>() {
+      if (of.slot_set() == R::kSlotSets[1])
+        step<R, R::kSlotSets[1]>(of.hyper, c, first);
+      else
+        step<R, R::kSlotSets[0]>(of.hyper, c, first);
+    });
+    const double threshold = of.hyper.group_threshold();
     if (threshold > 0)
       scale_slices(param, from.slices, [&](double norm) { return norm <= threshold ? 0 : 1 - threshold / norm; });
+  }
+
+  template <class R, unsigned kSlots>
+  void step(const StepHyper& hyper, double c, bool first) {
+    const StepTime time = R::at(hyper.own<typename R::Hyper>(), first ? 1 : kLaterT);
+    const StepElement<double, R::template Rule> element(hyper, c, time);
+    const StepGradient<double> gradient(hyper, 1);
+    for (size_t i = 0; i < param.size(); ++i) {
+      double of_slots[kMostSlots] = {};
+      for (int slot = 0; slot < kMostSlots; ++slot)
+        if ((kSlots >> slot & 1) != 0) of_slots[slot] = slots[slot][i];
+      element.template operator()<kSlots>(param[i], gradient(unscaled[i]), of_slots);
+      for (int slot = 0; slot < kMostSlots; ++slot)
+        if ((kSlots >> slot & 1) != 0) slots[slot][i] = of_slots[slot];
+    }
   }
 };
 
 double norm_by_formula(const Case& of, const Tensors& tensors) {
-  const SgdHyper& h = of.hyper;
+  const StepHyper& h = of.hyper;
   double sum = 0, largest = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     if (!tensors[t].has_grad) continue;
@@ -130,22 +183,17 @@ double norm_by_formula(const Case& of, const Tensors& tensors) {
   return type == NormType::one ? sum : type == NormType::two ? std::sqrt(sum) : largest;
 }
 
-void check_totals(const Case& of, const Tensors& from, const Step& step) {
-  StepTotals want;
-  for (size_t t = 0; t < from.size(); ++t) {
-    if (!from[t].has_grad) continue;
-    want.numel += static_cast<double>(from[t].param.numel());
-    want.zeros += static_cast<double>(zeros_in(step.tensors[t].param));
-    for (const double p : from[t].param.values()) want.penalty += of.hyper.l1 * std::abs(p) + of.hyper.l2 * p * p;
-  }
-  expect_near(step.totals.penalty, want.penalty, of.name + ": penalty");
-  expect(step.totals.zeros == want.zeros, of.name + ": zeros");
-  expect(step.totals.numel == want.numel, of.name + ": numel");
+void check_penalty(const Case& of, const Tensors& from, const Step& step) {
+  double want = 0;
+  for (const Tensor& tensor : from)
+    if (tensor.has_grad)
+      for (const double p : tensor.param.values()) want += of.hyper.l1 * std::abs(p) + of.hyper.l2 * p * p;
+  expect_near(step.penalty, want, of.name + ": penalty");
 }
 
 void check_step(const Case& of, const Tensors& from, const Step& step, bool first) {
   expect_near(step.norm, norm_by_formula(of, from), of.name + ": norm");
-  check_totals(of, from, step);
+  check_penalty(of, from, step);
   const double c = std::min(1.0, of.max_norm / (step.norm + 1e-6));
   const double scale = 16;
   for (size_t t = 0; t < from.size(); ++t) {
@@ -158,7 +206,9 @@ void check_step(const Case& of, const Tensors& from, const Step& step, bool firs
     const ByFormula want(of, old, c, first);
     // The group lasso looks at parameters that were rounded once.
     expect_near(now.param, want.param, scale, what + ", param", of.hyper.group_l1 != 0 ? 2 : 1);
-    if (of.momentum) expect_near(now.buffer, want.buffer, scale, what + ", momentum_buffer");
+    for (int slot = 0; slot < kMostSlots; ++slot)
+      if (!want.slots[slot].empty())
+        expect_near(now.slots[slot], want.slots[slot], scale, what + ", " + info_of(of.rule).slots[slot]);
     if (of.scalars.write_unscaled_grad)
       expect_near(now.grad, want.unscaled, scale, what + ", grad");
     else
@@ -171,12 +221,12 @@ void check(const Case& of, Tensors tensors) {
     const auto [one, four] = on_one_and_on_four([&] { return run(of, tensors, first); });
     for (size_t t = 0; t < tensors.size(); ++t) {
       const Tensor &a = one.tensors[t], &b = four.tensors[t];
-      const bool stepped = of.momentum && tensors[t].has_grad;
-      expect(a.param == b.param && a.grad == b.grad && (!stepped || a.buffer == b.buffer),
-             of.name + ": other bits on four threads, tensor " + std::to_string(t));
+      bool same = a.param == b.param && a.grad == b.grad;
+      for (int slot = 0; slot < kMostSlots; ++slot)
+        if (tensors[t].has_grad && (of.slot_set() >> slot & 1) != 0) same &= a.slots[slot] == b.slots[slot];
+      expect(same, of.name + ": other bits on four threads, tensor " + std::to_string(t));
     }
-    expect(one.norm == four.norm && one.totals.penalty == four.totals.penalty,
-           of.name + ": other sums on four threads");
+    expect(one.norm == four.norm && one.penalty == four.penalty, of.name + ": other sums on four threads");
     check_step(of, tensors, one, first);
     for (size_t t = 0; t < tensors.size(); ++t) {
       Tensor now = one.tensors[t];
@@ -187,8 +237,9 @@ void check(const Case& of, Tensors tensors) {
 }
 
 Tensor make(DType dtype, const SliceLayout& layout, int64_t salt) {
-  return {layout, parameters(dtype, layout.numel(), salt), gradients(dtype, layout.numel(), salt + 1),
-          Array(dtype, layout.numel())};
+  const Array slot(dtype, layout.numel());
+  return {
+      layout, parameters(dtype, layout.numel(), salt), gradients(dtype, layout.numel(), salt + 1), {slot, slot, slot}};
 }
 
 Tensors with_one_passed_by(Tensors tensors) {
@@ -215,9 +266,10 @@ Tensors with_slices(const std::vector<SliceLayout>& layouts) {
 
 void check_step() {
   for (const Case& of : cases()) check(of, of_all_kinds());
-  const SgdHyper lasso = {.lr = 0.1, .momentum = 0.9, .l1 = 0.5, .group_l1 = 80, .proximal = true};
-  check({"group lasso, whole slices", lasso, {}, true, 50}, with_slices(kWholeSlices));
-  check({"group lasso, other slices", lasso, {}, true, 50}, with_slices(kOtherSlices));
+  const StepHyper hyper = {.lr = 0.1, .l1 = 0.5, .group_l1 = 80, .proximal = true};
+  const Case lasso = {"group lasso, whole slices", RuleId::sgd, with(hyper, SgdHyper{.momentum = 0.9}), {}, 50};
+  check(lasso, with_slices(kWholeSlices));
+  check({"group lasso, other slices", lasso.rule, lasso.hyper, {}, 50}, with_slices(kOtherSlices));
 }
 
 }  // namespace regfused

@@ -31,7 +31,6 @@ void expect_near(double got, double want, const std::string& what);
 // `scale`: no smaller than any term of the sums that elements were made of; `roundings`: to the dtype.
 void expect_near(const Array& got, const std::vector<double>& want, double scale, const std::string& what,
                  int roundings = 1);
-int64_t zeros_in(const Array& array);
 
 // Each slice times the factor that `factor_of` makes of its norm.
 template <class F>

@@ -13,18 +13,19 @@ namespace {
 
 struct Step {
   Array param, grad;
-  StepRow tensor;
-  SgdHyper hyper;
+  StepRow row;
+  StepHyper hyper;
   StepScalars scalars;
   StepPartial partial;
 
   explicit Step(int64_t numel)
       : param(parameters(DType::float32, numel, 0)), grad(gradients(DType::float32, numel, 1)) {
-    tensor.param = param.data();
-    tensor.grad = grad.data();
-    tensor.numel = numel;
+    row.param = param.data();
+    row.grad = grad.data();
+    row.numel = numel;
+    hyper.set_own(SgdHyper());
   }
-  void run(int32_t size) { choose_kernels()->step.step(tensor, {0, size, 0}, hyper, scalars, partial); }
+  void run(int32_t size) { choose_kernels()->step.step[0](row, {0, size, 0}, hyper, {}, scalars, partial); }
 };
 
 // A row of vectors that ends behind the array.
@@ -35,7 +36,7 @@ void long_tail() { Step(33).run(34); }
 
 void shared_chunk() {
   Step step(64), twin(64);
-  twin.tensor = step.tensor;
+  twin.row = step.row;
   std::thread other([&] { twin.run(64); });
   step.run(64);
   other.join();
@@ -44,14 +45,14 @@ void shared_chunk() {
 void uninitialised_gradient() {
   Step step(64);
   const Array grad(DType::float32, 64);
-  step.tensor.grad = grad.data();
+  step.row.grad = grad.data();
   step.scalars.norm_type = NormType::inf;
-  choose_kernels()->step.norm(step.tensor, {0, 64, 0}, step.hyper, step.scalars, step.partial);
+  choose_kernels()->step.norm(step.row, {0, 64, 0}, step.hyper, step.scalars, step.partial);
 }
 
 void no_bool() {
   Step step(64);
-  std::memset(&step.tensor.first, 0xcd, sizeof step.tensor.first);
+  std::memset(&step.hyper.maximize, 0xcd, sizeof step.hyper.maximize);
   step.run(64);
 }
 

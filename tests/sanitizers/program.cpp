@@ -44,12 +44,6 @@ void expect_near(const Array& got, const std::vector<double>& want, double scale
   }
 }
 
-int64_t zeros_in(const Array& array) {
-  int64_t zeros = 0;
-  for (int64_t i = 0; i < array.numel(); ++i) zeros += array[i] == 0;
-  return zeros;
-}
-
 const std::vector<Kind>& kinds_of_arrays() {
   static const std::vector<Kind> kinds = [] {
     std::vector<Kind> kinds;

@@ -1,0 +1,231 @@
+"""What all regularized optimizers have in common, in torch operations: options, state, checkpoints, stats, the step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from regfused import checkpoint, options
+from regfused.reference.rule import Rule
+from regfused.reference.step import Entry, Update, clip_coefficient, collect, needs_norm, norm, update_in_turn
+from regfused.stats import LastStep, Stats
+from regfused.tracing import values_are_known
+
+
+class Regularized(torch.optim.Optimizer):
+    """An optimizer's rule with penalties, clipping and proximal maps around it. To be mixed in before torch's class."""
+
+    #: What the class does of its own.
+    _rule: ClassVar[Rule]
+
+    def _construct(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Not torch's constructor of the class: its defaults would lack ours."""
+        options.check_construction(type(self).__name__, defaults, self._rule)
+        self._last = LastStep()
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    # --- Configuration and state ------------------------------------------------------------------
+
+    # An attribute to type checkers, as in torch's classes.
+    if TYPE_CHECKING:
+        _step_supports_amp_scaling: bool
+    else:
+
+        @property
+        def _step_supports_amp_scaling(self) -> bool:
+            """torch.amp.GradScaler asks: with ``fused=True`` the step itself unscales, and skips on overflow."""
+            return bool(self.defaults["fused"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        operation = f"{type(self).__name__}.add_param_group"
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if not isinstance(params, Tensor | set):
+                param_group["params"] = params = list(params)
+            complete = {**self.defaults, **param_group}
+            options.check_construction(operation, complete, self._rule)
+            options.check_groups(operation, [*self.param_groups, complete], self._rule)
+            options.check_params(operation, [params] if isinstance(params, Tensor) else params)
+            options.warn_of_misspelt(operation, param_group, self._rule)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch's of the same name.
+
+        Options that it does not have keep the values that they have here. State is copied: an optimizer
+        shares it neither with the dictionary nor with another optimizer that loads it.
+
+        A flat checkpoint of torch's class (``torch.distributed.checkpoint.state_dict`` with
+        ``options=StateDictOptions(flatten_optimizer_state_dict=True)``) is taken apart by torch, which asks it for
+        every option here. Put those that it lacks into it first::
+
+            saved = {**get_optimizer_state_dict(model, optimizer, options=options), **saved}
+            set_optimizer_state_dict(model, optimizer, saved, options=options)
+
+        Args:
+            state_dict: as ``state_dict()`` returns it.
+
+        Raises:
+            ValueError: for what does not fit, with the place, the demand and the value. Nothing has changed then.
+        """
+        checkpoint.check_outline(f"{type(self).__name__}.load_state_dict", state_dict)
+        # The last hook sees what all others made of the dictionary.
+        handle = self.register_load_state_dict_pre_hook(_fitting)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": self._last.frozen()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also the last step of ``load_state_dict``: what is missing keeps the values it had; what is wrong raises."""
+        operation = f"{type(self).__name__}.load_state_dict"
+        defaults = state.get("defaults", self.__dict__.get("defaults", {}))
+        before = self.__dict__.get("param_groups", [])
+        groups = state["param_groups"]
+        for g, group in enumerate(groups):
+            known = before[g] if len(before) == len(groups) else defaults
+            for name in options.names_of(self._rule):
+                if name in known:
+                    group.setdefault(name, known[name])
+        options.check_groups(operation, groups, self._rule)
+        options.check_state(operation, groups, state["state"], self._rule, wait=True)
+        torch.optim.Optimizer.__setstate__(self, state)
+        self.__dict__.setdefault("_last", LastStep())
+
+    @property
+    def stats(self) -> Stats:
+        """Numbers of the last step as 0-dim tensors, collected by the step itself; see `regfused.stats.Stats`.
+
+        ``optimizer.stats.as_floats()`` has them for a logger.
+        """
+        # Plain attributes: on an object that is put around an optimizer, and has its class, they lead to it.
+        options.list_params(self.param_groups)
+        return self._last.stats(self.param_groups)
+
+    # --- The step ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of ``step``, which runs the hooks; and where any of it raises, nothing is left behind.
+
+        ``torch.amp.GradScaler`` takes ``grad_scale`` and ``found_inf`` back only after a step that returned, and would
+        multiply the next scale by the one that it finds. An interrupt that comes while torch switches autograd off or
+        on would leave it so.
+        """
+        with_hooks = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(with_hooks)
+        def step(self: Regularized, *args: Any, **kwargs: Any) -> Any:
+            with_grad = torch.is_grad_enabled()
+            try:
+                return with_hooks(self, *args, **kwargs)
+            except BaseException:
+                torch.set_grad_enabled(with_grad)
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+                raise
+
+        return step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; see the class for the formula.
+
+        It happens whole or not at all: after an error, or an interrupt, parameters and state are those of before (or,
+        where an interrupt came after the last write, those of after). Not promised of tensor subclasses, of several
+        sparse gradients in pure PyTorch, and with ``differentiable=True``.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable
+    def _step(self) -> None:
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            self._step_in_torch()
+
+    def _step_in_torch(self) -> None:
+        operation = f"{type(self).__name__}.step"
+        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        options.list_params(self.param_groups)
+        known = values_are_known(param for group in self.param_groups for param in group["params"])
+        if found_inf is not None and known and float(found_inf) != 0:
+            self._last.skipped += 1
+            return
+        options.check_groups(operation, self.param_groups, self._rule)
+        options.check_state(operation, self.param_groups, self.state, self._rule)
+        if grad_scale is not None:
+            grad_scale = float(grad_scale) if known else grad_scale.to(torch.float64)
+        params = (
+            (g, i, group, param) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])
+        )
+        entries = collect(params, grad_scale, operation, self.state, self._rule)
+        first = self.param_groups[0]
+        grad_norm = norm(entries, float(first["norm_type"])) if needs_norm(first) else None
+        clip_coef = None if grad_norm is None else clip_coefficient(first["max_norm"], grad_norm)
+        if known:
+            # The one place where the host waits for a device, and only under these policies.
+            if grad_norm is not None and first["nonfinite"] != "propagate" and not math.isfinite(grad_norm.item()):
+                if first["nonfinite"] == "error":
+                    raise RuntimeError(_nonfinite(operation, grad_norm.item()))
+                self._last.skip(grad_norm)
+                return
+            update = Update(entries, self.state, self._rule, clip_coef)
+            record = replace(update.record, grad_norm=None if grad_norm is None else grad_norm.detach())
+            update.commit()
+            self._last.by_reference(record)
+        else:
+            self._step_unseen(operation, entries, grad_norm, clip_coef, found_inf)
+
+    def _step_unseen(
+        self,
+        operation: str,
+        entries: list[Entry],
+        grad_norm: Tensor | None,
+        clip_coef: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The end of a step whose values nobody can look at: what depends on one is an operation, for tracers to see.
+
+        A step that does not happen leaves zeros as state where it is the first one.
+        """
+        overflows = None if found_inf is None else found_inf.reshape(()) != 0
+        happens = None if overflows is None else ~overflows
+        policy = self.param_groups[0]["nonfinite"]
+        if grad_norm is not None and policy != "propagate":
+            finite = grad_norm.isfinite()
+            if policy == "skip":
+                happens = finite if happens is None else finite & happens
+                clip_coef = torch.where(finite, 1.0 if clip_coef is None else clip_coef, 0.0)
+            else:
+                torch._assert_async(finite if overflows is None else finite | overflows, _nonfinite(operation, "not"))
+        record = update_in_turn(entries, self.state, self._rule, clip_coef, happens)
+        self._last.by_reference(replace(record, grad_norm=grad_norm))
+        if happens is not None:
+            self._last.skipped = self._last.skipped + (~happens).to(torch.float64)
+
+
+def _nonfinite(operation: str, norm: float | str) -> str:
+    return f"{operation}: nonfinite='error' demands a finite gradient norm, but it is {norm}"
+
+
+def _fitting(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook of ``load_state_dict``."""
+    options.list_params(optimizer.param_groups)
+    operation = f"{type(optimizer).__name__}.load_state_dict"
+    return checkpoint.fitting(operation, optimizer.param_groups, state_dict, optimizer._rule)
