@@ -131,6 +131,8 @@ class StepPlan {
   bool is_unchanged(const Param& param, const at::Tensor& tensor) const;
   bool is_unchanged_slot(const StateTensor& known, const at::Tensor& param) const;
   bool is_unchanged_count(const StateTensor& known, const at::Tensor& param) const;
+  static constexpr int64_t kAhead = 16;  // parameters
+  void ask_ahead(int64_t p, int64_t begin, int64_t end) const;
   bool collect();
   bool collect_usual(size_t p);
   bool collect_closely(size_t p);

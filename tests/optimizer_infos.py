@@ -96,6 +96,43 @@ SGD_ERRORS = [
 ]
 
 
+ADAM_INPUTS = {
+    "l1": {"l1": 0.1},
+    "l2": {"l2": 0.1},
+    "elastic net": {"l1": 0.05, "l2": 0.05},
+    "proximal elastic net, decoupled": {"l1": 0.2, "l2": 0.1, "proximal": True, "decoupled_proximal": True},
+    "clip": {"max_norm": 1.0},
+    "clip, norm 1": {"max_norm": 2.0, "norm_type": 1, "l2": 0.05},
+    "clip, norm inf": {"amsgrad": True, "max_norm": 0.5, "norm_type": math.inf},
+    "penalty outside of the clip": {"l1": 0.05, "l2": 0.02, "max_norm": 1.0, "penalty_in_clip": False},
+    "group lasso": {"group_l1": 0.5, "decoupled_proximal": True},
+    "group lasso, last dimension": {
+        "group_l1": 0.5,
+        "group_dim": -1,
+        "l1": 0.1,
+        "proximal": True,
+        "decoupled_proximal": True,
+    },
+    "nonfinite skip": {"betas": (0.5, 0.9), "nonfinite": "skip"},
+    "maximize, l1": {"l1": 0.05, "maximize": True},
+    "eps": {"eps": 0.1},
+}
+
+ADAM_ERRORS = [
+    ({"l1": -1.0}, ValueError, "l1 must be finite and >= 0, but got -1.0"),
+    ({"group_l1": 0.1}, ValueError, "group_l1 demands decoupled_proximal=True"),
+    ({"max_norm": -1.0}, ValueError, "max_norm must be None or >= 0, but got -1.0"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*, but got 'ignore'"),
+    ({"decoupled_proximal": None}, ValueError, "decoupled_proximal must be True or False, but got None"),
+    ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be >= 0 and < 1, but got 1.0"),
+    ({"betas": (0.9, math.nan)}, ValueError, r"betas\[1\] must be >= 0 and < 1, but got nan"),
+    ({"betas": 0.9}, ValueError, "betas must be a pair of numbers, but got 0.9"),
+    ({"eps": -1e-8}, ValueError, "eps must be finite and >= 0, but got -1e-08"),
+    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
+    ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+]
+
+
 class Contract(OptimizerInfo):
     """An optimizer, the one of torch whose contract it keeps, and its twin in torch operations."""
 
@@ -123,7 +160,7 @@ class Contract(OptimizerInfo):
             for kwargs, error, message in own_errors:
                 case = OptimizerInput(None, dict(kwargs), str(kwargs))
                 cases.append(ErrorOptimizerInput(case, error_type=error, error_regex=message))
-            return [*cases, *_step_errors(dtype)]
+            return [*cases, *_step_errors(dtype, own_errors is SGD_ERRORS)]
 
         super().__init__(
             optim_cls,
@@ -143,6 +180,14 @@ class Contract(OptimizerInfo):
         return f"twin_{self.optim_cls.__name__}" if self.optim_cls is self.twin else self.optim_cls.__name__
 
     @property
+    def counts_steps(self) -> bool:
+        return self.optim_cls._rule.counts_steps
+
+    def takes_tensor_lr(self, kwargs: dict) -> bool:
+        """torch's Adam refuses one together with foreach=True."""
+        return not (self.counts_steps and kwargs.get("foreach"))
+
+    @property
     def has_kernels(self) -> bool:
         return self.optim_cls is not self.twin
 
@@ -159,8 +204,9 @@ class Contract(OptimizerInfo):
         return self.twin(params, fused=False, **options)
 
 
-def _step_errors(dtype) -> list[ErrorOptimizerInput]:
+def _step_errors(dtype, is_sgd) -> list[ErrorOptimizerInput]:
     """A gradient that no step can take: parameters come with it."""
+    momentum = {"momentum": 0.9} if is_sgd else {}
 
     def with_grad(grad):
         param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
@@ -169,9 +215,15 @@ def _step_errors(dtype) -> list[ErrorOptimizerInput]:
 
     sparse = torch.tensor([0.0, 1.0, 2.0]).to_sparse()
     cases = [
-        ({"nonfinite": "error", "momentum": 0.9}, torch.tensor([1.0, math.inf, 2.0]), "demands a finite gradient norm"),
-        *(({**option, "momentum": 0.9}, sparse, "demand") for option in ({"l1": 0.1}, {"max_norm": 1.0})),
-        ({"weight_decay": 0.1, "momentum": 0.9}, sparse, "demand"),
+        ({"nonfinite": "error", **momentum}, torch.tensor([1.0, math.inf, 2.0]), "demands a finite gradient norm"),
+        *(
+            (
+                {**option, **momentum},
+                sparse,
+                "demand" if is_sgd else "Adam does not support sparse gradients|fused=True demand",
+            )
+            for option in ({"l1": 0.1}, {"max_norm": 1.0}, {"weight_decay": 0.1})
+        ),
     ]
     return [
         ErrorOptimizerInput(
@@ -194,7 +246,20 @@ def _sgd(optim_cls):
     )
 
 
-OPTIMIZERS = [_sgd(regfused.SGD), _sgd(reference.SGD)]
+def _adam(optim_cls, theirs, twin):
+    inputs = ADAM_INPUTS
+    if theirs is torch.optim.Adam:
+        inputs = {**inputs, "decoupled weight decay": {"weight_decay": 0.3, "decoupled_weight_decay": True}}
+    return Contract(optim_cls, theirs=theirs, twin=twin, own_inputs=inputs, own_errors=ADAM_ERRORS)
+
+
+OPTIMIZERS = [
+    _sgd(regfused.SGD),
+    _sgd(reference.SGD),
+    _adam(regfused.Adam, torch.optim.Adam, reference.Adam),
+    _adam(reference.Adam, torch.optim.Adam, reference.Adam),
+    _adam(regfused.AdamW, torch.optim.AdamW, reference.AdamW),
+]
 
 
 def each_optimizer(test: Callable, dtypes: tuple[torch.dtype, ...] = ()) -> Callable:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from step_cases import DTYPES, ON_CUDA_KERNELS, OPTIONS, give_grads, make_params, with_defaults
+from step_cases import ADAM_OPTIONS, DTYPES, ON_CUDA_KERNELS, OPTIONS, give_grads, make_params, with_defaults
 
 import regfused
 
@@ -27,13 +27,13 @@ def _parameters(dtype):
     return params
 
 
-def _step(name, dtype, **more):
+def _step(name, dtype, make=regfused.SGD, table=OPTIONS, **more):
     params = _parameters(dtype)
-    optimizer = regfused.SGD(params, **{**with_defaults(OPTIONS.get(name, {})), **more})
+    optimizer = make(params, **{**with_defaults(table.get(name, {})), **more})
     optimizer.step()
     optimizer.step()
-    buffers = [entry["momentum_buffer"] for entry in optimizer.state.values()]
-    return [*params, *buffers, *(getattr(optimizer.stats, name) for name in STATS)]
+    state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+    return [*params, *state, *(getattr(optimizer.stats, name) for name in STATS)]
 
 
 def _penalty(dtype):
@@ -63,6 +63,10 @@ def _max_norm(dtype):
 
 WORK = {
     **{f"step: {name}": lambda dtype, name=name: _step(name, dtype) for name in STEPS},
+    **{
+        f"Adam: {name}": lambda dtype, name=name: _step(name, dtype, regfused.Adam, ADAM_OPTIONS)
+        for name in ("plain", "amsgrad", "proximal elastic net", "everything")
+    },
     "step: group lasso by rows": lambda dtype: _step("", dtype, group_l1=1.0, momentum=0.9),
     "step: group lasso by columns": lambda dtype: _step("", dtype, group_l1=1.0, group_dim=-1, max_norm=1.0),
     "penalty": _penalty,

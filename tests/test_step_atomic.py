@@ -41,7 +41,8 @@ class Training:
             self.params.append(torch.nn.Parameter(torch.randn(10, 3, generator=generator)))
         self.sparse, self.amp, self.generator = sparse, amp, generator
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.2}]
-        self.optimizer = make(groups, lr=0.1, momentum=0.9, **options)
+        momentum = {"momentum": 0.9} if issubclass(make, torch.optim.SGD) else {}
+        self.optimizer = make(groups, lr=0.1, **momentum, **options)
         self.new_grads()
         if warm:
             # One parameter has had no gradient: its state is still to be made.
@@ -106,9 +107,15 @@ TRAININGS = {
     "reference": dict(make=reference.SGD, max_norm=0.5, l1=0.1, nonfinite="skip"),
     "reference, first step": dict(make=reference.SGD, warm=False, group_l1=0.5),
     "reference, AMP": dict(make=reference.SGD, amp=True, fused=True),
+    "Adam, first step": dict(make=regfused.Adam, warm=False, amsgrad=True),
+    "Adam": dict(make=regfused.Adam, max_norm=0.5, l1=0.1, proximal=True),
+    "AdamW, AMP": dict(make=regfused.AdamW, amp=True, fused=True, max_norm=0.5),
+    "Adam and a complex parameter": dict(make=regfused.Adam, complex_param=True, max_norm=0.5),
+    "Adam, reference, first step": dict(make=reference.Adam, warm=False, max_norm=0.5, l1=0.1),
 }
+REFERENCES = (reference.SGD, reference.Adam)
 # Nothing of the reference is compiled: there is no use in it for another compiled part.
-NAMES = [name for name in TRAININGS if not (OTHER_EXTENSION and TRAININGS[name].get("make") is reference.SGD)]
+NAMES = [name for name in TRAININGS if not (OTHER_EXTENSION and TRAININGS[name].get("make") in REFERENCES)]
 ALL = pytest.mark.parametrize("name", NAMES)
 
 
@@ -291,7 +298,8 @@ def _lr_tensor_of_the_last_group(training):
 
 
 def _buffer_of_the_last_parameter(training):
-    training.optimizer.state[training.params[-1]]["momentum_buffer"] = torch.zeros(7)
+    slot = training.optimizer._rule.slots[0]
+    training.optimizer.state[training.params[-1]][slot] = torch.zeros(7)
 
 
 def _state_that_is_no_dict(training):
@@ -334,16 +342,16 @@ def test_mistakes_found_late(name, mistake):
     mistake(training)
     before = {p: _bytes(p) for p in training.params}
     state = {p: dict(e) if isinstance(e, dict) else e for p, e in training.optimizer.state.items()}
-    buffers = {p: _bytes(e["momentum_buffer"]) for p, e in state.items() if isinstance(e, dict)}
+    slots = {p: {k: _bytes(v) for k, v in e.items()} for p, e in state.items() if isinstance(e, dict)}
     grads = {p: _bytes(p.grad) for p in training.params}
     training.arm()
-    with pytest.raises((ValueError, RuntimeError), match=r"SGD\.step: "):
+    with pytest.raises((ValueError, RuntimeError), match=r"(SGD|AdamW?)\.step: "):
         training.optimizer.step()
     assert not {"grad_scale", "found_inf"} & training.optimizer.__dict__.keys()
     assert before == {p: _bytes(p) for p in training.params} and grads == {p: _bytes(p.grad) for p in training.params}
     now = training.optimizer.state
     assert {p: dict(e) if isinstance(e, dict) else e for p, e in now.items()}.keys() == state.keys()
-    assert buffers == {p: _bytes(e["momentum_buffer"]) for p, e in now.items() if isinstance(e, dict)}
+    assert slots == {p: {k: _bytes(v) for k, v in e.items()} for p, e in now.items() if isinstance(e, dict)}
 
 
 def test_amp_gradient_that_cannot_be_written():

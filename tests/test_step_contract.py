@@ -115,7 +115,8 @@ class TestStep(TestCase):
                 for name, value in {**case.kwargs, **flags}.items():
                     if value != parameters[name].default:
                         others[name].add(str(value))
-        assert [name for name, values in others.items() if not values] == []
+        # What torch takes on a GPU alone.
+        assert {name for name, values in others.items() if not values} <= {"capturable"}
 
     @each_optimizer
     def test_errors(self, info):
@@ -152,7 +153,8 @@ class TestStep(TestCase):
     @each_case()
     def test_agrees_in_groups(self, info, kwargs):
         def in_groups(params):
-            own = [{"lr": 0.02, "weight_decay": 0.2}, {"lr": torch.tensor(0.3)}, {"weight_decay": 0.05}, {}]
+            rate = torch.tensor(0.3) if info.takes_tensor_lr(kwargs) else 0.3
+            own = [{"lr": 0.02, "weight_decay": 0.2}, {"lr": rate}, {"weight_decay": 0.05}, {}]
             return [{"params": params[i::4], **options} for i, options in enumerate(own)]
 
         check_steps(info, kwargs, assorted_params(torch.float32), in_groups)
@@ -211,6 +213,8 @@ class TestStep(TestCase):
     @each_optimizer
     def test_sparse_gradients(self, info):
         """Down a curved valley with one coordinate at a time, against the for-loop with dense gradients."""
+        if not info.supports_sparse:
+            return  # among the errors
         options, schedulers = info.metadata_for_sparse
         for maximize in (False, True):
             for momentum, pieces in ((0, 1), (0, 2), (0.9, 1)):
@@ -252,6 +256,8 @@ class TestStep(TestCase):
 
     @each_case()
     def test_tensor_lr(self, info, kwargs):
+        if not info.takes_tensor_lr(kwargs):
+            return
         forms = [torch.tensor(0.125), torch.tensor([0.125]), torch.tensor(0.125, dtype=torch.float64)]
         params = make_params(SIZES)
         optimizer = info.optim_cls(params, **{**kwargs, "lr": 0.125})
@@ -345,7 +351,8 @@ class TestStep(TestCase):
         params = assorted_params(torch.float32)
         before = copy_params(params)
         check_steps(info, kwargs, params, give=give_zeros)
-        if not any(kwargs.get(name) for name in PENALTIES):
+        defaults = inspect.signature(info.optim_cls).parameters
+        if not any(kwargs.get(name, defaults[name].default) for name in PENALTIES):
             assert_params_equal(params, before)
 
     @each_case()

@@ -177,3 +177,58 @@ def test_a_graph_counts_at_each_replay():
         loop.step()
     assert steps_of(ours, params) == steps_of(loop, twins) == [4, 4]
     assert_params_equal(params, twins, atol=2e-6)
+
+
+# --- What is not finite ---------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("amsgrad", (False, True))
+def test_nan_and_infinity_go_where_they_go_in_torch(make, amsgrad):
+    params = make_params([33, 4099])
+    twins = copy_params(params)
+    ours = make(params, lr=0.01, amsgrad=amsgrad)
+    loop = torch.optim.Adam(twins, lr=0.01, amsgrad=amsgrad, foreach=False)
+    for step in range(4):
+        give_grads(params)
+        if step == 1:
+            params[0].grad[3], params[1].grad[4098] = math.nan, math.inf
+        share_grads(params, twins)
+        ours.step()
+        loop.step()
+    assert math.isnan(params[0][3]) and math.isnan(params[1][4098])
+    assert_params_equal(params, twins, atol=2e-6)
+    for p, q in zip(params, twins, strict=True):
+        for name, slot in ours.state[p].items():
+            # torch's lerp makes NaN of the average of an infinity and a number.
+            got, want = (x.nan_to_num(posinf=0.0) for x in (slot, loop.state[q][name]))
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+            assert torch.equal(slot.isfinite(), loop.state[q][name].isfinite())
+
+
+@BOTH
+def test_the_second_moment_is_of_the_clipped_gradient(make):
+    params = make_params([33])
+    twins = copy_params(params)
+    ours, loop = make(params, lr=0.01, max_norm=0.1), torch.optim.Adam(twins, lr=0.01, foreach=False)
+    for _ in range(3):
+        give_grads(params)
+        share_grads(params, twins)
+        torch.nn.utils.clip_grad_norm_(twins, 0.1)
+        ours.step()
+        loop.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(ours.state[params[0]][name], loop.state[twins[0]][name], rtol=1e-5, atol=0)
+
+
+@BOTH
+def test_a_nan_in_the_largest_moment_stays(make):
+    params = make_params([33])
+    ours = make(params, lr=0.01, amsgrad=True)
+    give_grads(params)
+    ours.step()
+    ours.state[params[0]]["max_exp_avg_sq"][5] = math.nan
+    give_grads(params)
+    ours.step()
+    assert ours.state[params[0]]["max_exp_avg_sq"].isnan().nonzero().tolist() == [[5]]
+    assert params[0].isnan().nonzero().tolist() == [[5]]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import math
 import os
 import threading
@@ -176,16 +177,19 @@ def test_optimizers_in_several_threads(threads):
 def test_one_optimizer_in_two_threads(threads):
     """A step that finds another one at work raises, and changes nothing: what happened is a number of whole steps."""
     threads(1)
-    p = torch.nn.Parameter(torch.zeros(400_000))
+    p = torch.nn.Parameter(torch.zeros(4_000_000))  # a step of milliseconds, for the others to find it at work
     p.grad = torch.full_like(p, -1.0)
     optimizer = regfused.SGD([p], lr=1.0, max_norm=math.inf)
     optimizer.step()
     done, refused = [], []
     together = threading.Barrier(3)
+    deadline = time.monotonic() + 60
 
     def work():
         together.wait()
-        for _ in range(50):
+        for i in itertools.count():  # on a busy machine it can take many steps until two of them meet
+            if i >= 20 and refused or time.monotonic() > deadline:
+                return
             try:
                 optimizer.step()
                 done.append(1)
@@ -197,7 +201,7 @@ def test_one_optimizer_in_two_threads(threads):
         w.start()
     for w in workers:
         w.join()
-    assert len(done) + len(refused) == 150 and refused, "they never met"
+    assert refused, "they never met"
     assert all("one step at a time, but another thread is inside a step" in message for message in refused)
     assert torch.equal(p.detach(), torch.full_like(p, 1.0 + len(done)))
 

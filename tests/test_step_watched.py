@@ -4,13 +4,24 @@ import math
 
 import pytest
 import torch
-from step_cases import BOTH, OPTIONS, Oracle, copy_params, give_grads, make_params, share_grads, with_defaults
+from step_cases import (
+    ADAM_OPTIONS,
+    OPTIONS,
+    Oracle,
+    SgdMove,
+    copy_params,
+    give_grads,
+    make_params,
+    move_of,
+    share_grads,
+    with_defaults,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from watchers import Called
 
 import regfused
-from regfused import extension
+from regfused import extension, reference
 
 pytestmark = [pytest.mark.cpu, pytest.mark.reference]
 
@@ -18,6 +29,16 @@ SIZES = (3, 33, (5, 7))
 
 # A norm that is not finite is refused, or the step is left out: in a graph by operations.
 CASES = {**OPTIONS, "skip": {"momentum": 0.9, "nonfinite": "skip"}, "tensor lr": {"lr": torch.tensor(0.1)}}
+ADAM_CASES = {**ADAM_OPTIONS, "skip": {"nonfinite": "skip"}, "tensor lr": {"lr": torch.tensor(0.1)}}
+BY_RULE = [
+    *((make, name, CASES[name]) for make in (regfused.SGD, reference.SGD) for name in CASES),
+    *((make, name, ADAM_CASES[name]) for make in (regfused.Adam, reference.Adam) for name in ADAM_CASES),
+]
+ALL_CASES = pytest.mark.parametrize(
+    "make, options",
+    [(make, options) for make, _, options in BY_RULE],
+    ids=[f"{make.__module__}-{make.__name__}-{name}" for make, name, _ in BY_RULE],
+)
 
 
 class Written(TorchDispatchMode):
@@ -35,11 +56,11 @@ class Written(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def stepped_by_oracle(params, options):
+def stepped_by_oracle(params, options, rule=SgdMove):
     """New values, from the very gradients and no state."""
     options = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in with_defaults(options).items()}
     wide = [p.detach().double() for p in params]
-    return Oracle(options).step(wide, [p.grad.double() for p in params], [{}] * len(params))[0]
+    return Oracle(options, rule=rule).step(wide, [p.grad.double() for p in params], [{}] * len(params))[0]
 
 
 def assert_close(params, want):
@@ -48,14 +69,13 @@ def assert_close(params, want):
         torch.testing.assert_close(p.detach().double(), w, rtol=0, atol=4e-6)
 
 
-@BOTH
-@pytest.mark.parametrize("name", CASES)
+@ALL_CASES
 @pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
-def test_a_traced_step_is_in_the_graph(make, name, tracing_mode):
+def test_a_traced_step_is_in_the_graph(make, options, tracing_mode):
     """The graph, run on other values, steps them. A first step: buffers are made in it."""
     params = make_params(SIZES)
     twins = copy_params(params)
-    optimizer = make(params, **with_defaults(CASES[name]))
+    optimizer = make(params, **with_defaults(options))
 
     def step(*grads):
         for p, g in zip(params, grads, strict=True):
@@ -71,7 +91,7 @@ def test_a_traced_step_is_in_the_graph(make, name, tracing_mode):
     give_grads(twins)
     with torch.no_grad():
         graph(*[q.grad for q in twins])
-    assert_close(params, stepped_by_oracle(twins, CASES[name]))
+    assert_close(params, stepped_by_oracle(twins, options, move_of(make)))
 
 
 @pytest.mark.parametrize("fused", (None, True, False))
@@ -199,21 +219,21 @@ def test_parameters_that_share_memory_in_a_graph():
     torch.testing.assert_close(memory, want)
 
 
-@BOTH
-@pytest.mark.parametrize("name", CASES)
-def test_fake_tensors(make, name):
+@ALL_CASES
+def test_fake_tensors(make, options):
     for fused in (None, True, False):
         with torch._subclasses.FakeTensorMode():
             params = [torch.nn.Parameter(torch.empty(size)) for size in SIZES]
-            options = {k: torch.tensor(0.1) if isinstance(v, torch.Tensor) else v for k, v in CASES[name].items()}
+            options = {k: torch.tensor(0.1) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             optimizer = make(params, **with_defaults(options), fused=fused)
             for _ in range(2):
                 for p in params:
                     p.grad = torch.empty_like(p)
                 optimizer.step()
             assert [number.shape for number in optimizer.stats] == [()] * 5
-            if options.get("momentum"):
-                assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in params)
+            for p in params:
+                for slot in optimizer._rule.slots_of(optimizer.param_groups[0]):
+                    assert optimizer.state[p][slot].shape == p.shape
 
 
 def test_real_parameters_under_fake_mode_keep_their_values():

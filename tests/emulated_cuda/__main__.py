@@ -11,6 +11,7 @@ from tests.emulated_cuda.build import environment
 # Tests that CPU kernels and CUDA kernels have to pass alike, and those of CUDA kernels alone.
 FILES = (
     "test_step_*.py",
+    "test_adam_*.py",
     "test_foreach_cuda.py",
     "test_penalty.py",
     "test_clip_grad_norm.py",

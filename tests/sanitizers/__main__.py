@@ -24,7 +24,14 @@ from tests import compiled
 from tests.sanitizers import build
 
 # What CPU kernels have to pass, and what stands between Python and them.
-TESTS = ("test_step_*.py", "test_penalty.py", "test_clip_grad_norm.py", "test_dropout.py", "test_max_norm.py")
+TESTS = (
+    "test_step_*.py",
+    "test_adam_*.py",
+    "test_penalty.py",
+    "test_clip_grad_norm.py",
+    "test_dropout.py",
+    "test_max_norm.py",
+)
 LEFT_OUT = (
     *("test_step_cuda", "test_step_gpu"),  # all of it would be skipped
     "test_step_contract",  # what torch asks of Python; too long for what it runs of the kernels
