@@ -27,6 +27,13 @@ UNDER_ADDRESS_SANITIZER = hasattr(ctypes.CDLL(None), "__asan_init")
 
 BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 
+# The same for every optimizer.
+EVERY_OPTIMIZER = pytest.mark.parametrize(
+    "make",
+    [getattr(module, name) for module in (regfused, reference) for name in ("SGD", "Adam", "AdamW")],
+    ids=[f"{which}-{name}" for which in ("kernels", "reference") for name in ("SGD", "Adam", "AdamW")],
+)
+
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
 SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
 
@@ -150,6 +157,21 @@ ADAM_DEFAULTS = {
     "amsgrad": False,
     "decoupled_proximal": False,
 }
+
+
+def torch_twin(make):
+    """torch's optimizer of the same rule."""
+    return getattr(torch.optim, make.__name__)
+
+
+def with_state(make) -> dict:
+    """Options with which the optimizer keeps each of its slots: the most state that its rule can have."""
+    return {"amsgrad": True} if issubclass(make, torch.optim.Adam) else {"momentum": 0.9}
+
+
+def slots_of(make) -> tuple[str, ...]:
+    """The names of those slots."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if issubclass(make, torch.optim.Adam) else ("momentum_buffer",)
 
 
 def with_defaults(options: dict) -> dict:
