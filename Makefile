@@ -58,12 +58,16 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m tests.sanitizers
 
 bench: build
-	@for piece in "step --optimizer sgd" "step --optimizer adam" penalty clip dropout; do \
+	@for piece in $(foreach rule,sgd adam,"step --optimizer $(rule) --models $(STEP_MODELS)" $(foreach threads,1 2,\
+			"step --optimizer $(rule) --models in_cache --threads $(threads) --seconds 6 --stem $(rule)_in_cache_$(threads)")) \
+			penalty clip dropout; do \
 		echo "== $$piece"; \
 		$(BIN)/python -m benchmarks.bench_$$piece --out $(RESULTS); \
 	done
-	@echo "== targets of the building blocks"
+	@echo "== targets"
 	@$(BIN)/python -m benchmarks.cpu_targets --out $(RESULTS)
+
+STEP_MODELS := mlp_251,many_small_1000x1k,many_small_10000x64,resnet50,gpt2_124m
 
 # Not in $(VENV): torch, CUDA and all else are those of the machine, which may have no network. Every stage runs, and the
 # files are written, whatever fails; the time that compiling took is taken from that of the stages. With REHEARSE=1 no

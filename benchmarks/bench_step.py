@@ -10,13 +10,13 @@ from benchmarks import model_runs, step_jobs
 from benchmarks.arms import Timing
 from benchmarks.model_runs import Cold, Dtype, ModelRuns, Models, Out, RooflineMib, Seconds, Subject, Threads
 from benchmarks.models import DEFAULT_MODELS, read_models
-from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, OPTIMIZERS, SEED_LOOP_FUSED, jobs_of
+from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, OPTIMIZERS, TUTORIAL_LOOP_FUSED, jobs_of, tutorial_loop
 
 
-def subject(optimizer: str) -> Subject:
+def subject(optimizer: str, stem: str) -> Subject:
     jobs = jobs_of(optimizer)
     return Subject(
-        optimizer,
+        stem,
         jobs,
         per="parameter",
         error=f"the largest after {step_jobs.STEPS} steps, over the largest parameter",
@@ -26,13 +26,12 @@ def subject(optimizer: str) -> Subject:
 
 
 def peers(optimizer: str) -> list[tuple[str, str, str]]:
-    in_loss = list(jobs_of(optimizer)[2].ways)[-1]
     return [
         ("step", FUSED, "step: fused"),
         ("clip", CLIP_GRAD_SCALE, "clip: grad_scale + fused"),
         ("clip", CLIP_FUSED, "clip: clip_grad_norm_ + fused"),
-        ("elastic_net", SEED_LOOP_FUSED, "elastic net: in loss, fused"),
-        ("elastic_net", in_loss, "elastic net: in loss"),
+        ("elastic_net", TUTORIAL_LOOP_FUSED, "elastic net: in loss, fused"),
+        ("elastic_net", tutorial_loop(optimizer), "elastic net: in loss"),
     ]
 
 
@@ -45,12 +44,13 @@ def main(
     out: Out = None,
     cold: Cold = False,
     roofline_mib: RooflineMib = 256,
+    stem: Annotated[str, typer.Option(help="name of the result files, without the end; else the optimizer's")] = "",
 ) -> None:
     """Time a step against every way to do the same in torch, and show the error beside the time."""
     if optimizer not in OPTIMIZERS:
         raise typer.BadParameter(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, but is {optimizer!r}")
     shapes_of = model_runs.chosen(models, read_models())
-    runs = ModelRuns(subject(optimizer), threads, dtype, Timing(seconds, cold, roofline_mib))
+    runs = ModelRuns(subject(optimizer, stem or optimizer), threads, dtype, Timing(seconds, cold, roofline_mib))
     runs.run(shapes_of)
     ours = jobs_of(optimizer)[0].ours
     title = f"Summary: how many times longer than {ours}"

@@ -26,7 +26,7 @@ from benchmarks.arms import us
 from benchmarks.harness import Call
 from benchmarks.job import Job
 from benchmarks.models import checked_part, numel_of, random_params, read_models, reduced
-from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, SEED_LOOP_FUSED
+from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, TUTORIAL_LOOP, TUTORIAL_LOOP_FUSED
 
 # A few large tensors: what the step does where nothing but memory matters, and where nothing but launching does; and
 # what dropout is timed on.
@@ -36,14 +36,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUNS = [
     ("gpt2_124m", "float32"),
     ("many_small_1000x1k", "float32"),
-    ("mlp_seed", "float32"),
+    ("mlp_251", "float32"),
     ("flat_400m", "float32"),
     ("resnet50", "float32"),
     ("gpt2_124m", "bfloat16"),
     ("flat_1m", "float32"),
 ]
 # Last, because a capture that fails can leave the device unusable.
-REPLAYED = [("gpt2_124m", "float32"), ("many_small_1000x1k", "float32"), ("mlp_seed", "float32")]
+REPLAYED = [("gpt2_124m", "float32"), ("many_small_1000x1k", "float32"), ("mlp_251", "float32")]
 REPLAYED_WAYS = (OURS, CLIP_FUSED)
 CLOCKS = ("wall", "device", "host")
 
@@ -65,7 +65,7 @@ BLOCK_RUNS: list[tuple[str, tuple[Job, ...]]] = [
     ("2^26", (DROPOUT,)),
     ("many_small_1000x1k", (CLIP, PENALTY)),
     ("2^20", (DROPOUT,)),
-    ("mlp_seed", (CLIP, PENALTY)),
+    ("mlp_251", (CLIP, PENALTY)),
 ]
 
 MAX_CALLS = 200  # in a sample: two launches each leave the queue of launches (about 1000) unfilled
@@ -322,8 +322,8 @@ PEERS = [
     ("step", FUSED),
     ("clip", CLIP_GRAD_SCALE),
     ("clip", CLIP_FUSED),
-    ("elastic_net", SEED_LOOP_FUSED),
-    ("elastic_net", SEED_LOOP),
+    ("elastic_net", TUTORIAL_LOOP_FUSED),
+    ("elastic_net", TUTORIAL_LOOP),
 ]
 
 

@@ -21,9 +21,9 @@ import regfused
 from benchmarks import report
 from benchmarks.models import own_copy, random_params, read_models, reduced
 from benchmarks.penalty_jobs import free_grads
-from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, SEED_LOOP, TIMED, Hyperparameters, Step
+from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, TUTORIAL_LOOP, TIMED, Hyperparameters, Step
 
-MODELS = ("mlp_seed", "many_small_1000x1k", "gpt2_124m")
+MODELS = ("mlp_251", "many_small_1000x1k", "gpt2_124m")
 REGION = "counted steps"
 OUR_KERNELS = "regfused"  # their namespace: in the name of each
 LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch)")
@@ -123,7 +123,7 @@ CASES = [
     Case(f"update only: {FUSED}", step_with(0, FUSED), ours=False),
     Case(f"clip: {CLIP_GRAD_SCALE}", step_with(1, CLIP_GRAD_SCALE), ours=False),
     Case(f"clip: {CLIP_FUSED}", step_with(1, CLIP_FUSED), ours=False),
-    Case(f"elastic net, clip: {SEED_LOOP}", step_with(2, SEED_LOOP), ours=False, steps=2),
+    Case(f"elastic net, clip: {TUTORIAL_LOOP}", step_with(2, TUTORIAL_LOOP), ours=False, steps=2),
     *BLOCKS,
 ]
 

@@ -17,7 +17,7 @@ from benchmarks.arms import Results, Timing
 from benchmarks.job import Job
 from benchmarks.models import DTYPES, Shapes
 
-Models = Annotated[str, typer.Option(help="names in shapes.json, separated by commas, or 'all'")]
+Models = Annotated[str, typer.Option(help="names in shapes.json, separated by commas, 'in_cache' or 'all'")]
 Threads = Annotated[int, typer.Option(min=1)]
 Dtype = Annotated[str, typer.Option(help=", ".join(DTYPES))]
 Seconds = Annotated[float, typer.Option(min=0.1, help="budget for the timed calls of each table")]
@@ -115,7 +115,7 @@ class ModelRuns:
 
 
 def chosen(names: str, known: dict[str, Shapes]) -> dict[str, Shapes]:
-    listed = list(known) if names == "all" else names.split(",")
+    listed = list(known) if names == "all" else [n for name in names.split(",") for n in models.SETS.get(name, (name,))]
     for name in listed:
         if name not in known:
             raise typer.BadParameter(f"--models: one of {', '.join(known)} is demanded, but got {name!r}")

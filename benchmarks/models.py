@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_MODELS = "mlp_seed,many_small_1000x1k,resnet50,gpt2_124m"
+DEFAULT_MODELS = "mlp_251,many_small_1000x1k,resnet50,gpt2_124m"
+# Between the cache of a core and the memory, where most models on a CPU are: elements in all, in one tensor or in eight.
+IN_CACHE = tuple(f"{size}_in_{tensors}" for size in ("64k", "256k", "1m", "4m") for tensors in (1, 8))
+SETS = {"in_cache": IN_CACHE}
 GRAD_NORM = 2.0
 CHECKED_NUMEL = 4_000_000  # errors are measured on tensors of a model with this many elements at most
 

@@ -220,8 +220,13 @@ OURS = "regfused.SGD"
 FUSED = "torch fused=True"
 CLIP_FUSED = "clip_grad_norm_ + fused=True"
 CLIP_GRAD_SCALE = "norm as grad_scale + fused=True"
-SEED_LOOP = "penalty in loss + clip_grad_norm_ + SGD"
-SEED_LOOP_FUSED = "penalty in loss + clip_grad_norm_ + fused=True"
+TUTORIAL_LOOP = "penalty in loss + clip_grad_norm_ + SGD"
+TUTORIAL_LOOP_FUSED = "penalty in loss + clip_grad_norm_ + fused=True"
+
+
+def tutorial_loop(name: str) -> str:
+    """The arm of the loop that tutorials have, with this optimizer."""
+    return TUTORIAL_LOOP.replace("SGD", OPTIMIZERS[name].theirs.__name__)
 
 
 def jobs_of(name: str) -> list[Job]:
@@ -274,8 +279,8 @@ def jobs_of(name: str) -> list[Job]:
             ways={
                 ours: with_regfused,
                 "penalty by foreach + clip_grad_norm_ + fused=True": penalty_by_foreach,
-                SEED_LOOP_FUSED: penalty_in_loss(fused=True),
-                SEED_LOOP.replace("SGD", optimizer.theirs.__name__): penalty_in_loss(),
+                TUTORIAL_LOOP_FUSED: penalty_in_loss(fused=True),
+                tutorial_loop(name): penalty_in_loss(),
             },
         ),
     ]

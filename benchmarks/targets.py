@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import launches as counts
 from benchmarks import report
 from benchmarks.cuda_timing import CLIP, DROPOUT, PENALTY, ratio
-from benchmarks.step_jobs import CLIP_FUSED, JOBS, OURS, SEED_LOOP
+from benchmarks.step_jobs import CLIP_FUSED, JOBS, OURS, TUTORIAL_LOOP
 
 COPY_SHARE = 0.90
 LARGE = ("gpt2_124m", "flat_400m")  # at least 100 million parameters
@@ -19,9 +19,9 @@ LAUNCHES = 2
 RATIOS = [
     ("gpt2_124m", "clip", CLIP_FUSED, "wall", 1.3),
     ("many_small_1000x1k", "clip", CLIP_FUSED, "wall", 10.0),
-    ("mlp_seed", "clip", CLIP_FUSED, "host", 4.0),
-    ("gpt2_124m", "elastic_net", SEED_LOOP, "wall", 5.0),
-    ("many_small_1000x1k", "elastic_net", SEED_LOOP, "wall", 50.0),
+    ("mlp_251", "clip", CLIP_FUSED, "host", 4.0),
+    ("gpt2_124m", "elastic_net", TUTORIAL_LOOP, "wall", 5.0),
+    ("many_small_1000x1k", "elastic_net", TUTORIAL_LOOP, "wall", 50.0),
 ]
 
 

@@ -90,7 +90,7 @@ def test_every_building_block_was_timed(rehearsal):
 def test_every_case_was_counted(rehearsal):
     counted = rehearsal[1]["stages"]["launches"]["results"]
     assert list(counted) == list(launches.MODELS)
-    assert list(counted["mlp_seed"]) == [case.name for case in launches.CASES]
+    assert list(counted["mlp_251"]) == [case.name for case in launches.CASES]
     for cases in counted.values():
         for name, case in cases.items():
             assert "problem" not in case, name
@@ -233,7 +233,7 @@ def test_calls_are_counted_inside_of_the_region_and_kernels_wherever_they_end():
 def test_targets_are_judged_by_what_was_counted():
     def reached(events, witness):
         case = {**launches.count(events, 1), "torch's own witness": witness}
-        return [row[-1] for row in targets.launch_rows({"mlp_seed": {"regfused: clip": case}})]
+        return [row[-1] for row in targets.launch_rows({"mlp_251": {"regfused: clip": case}})]
 
     quiet = [e for e in TRACE if e["name"] != "cudaStreamSynchronize" and e.get("cat") != "gpu_memcpy"]
     assert reached(quiet, "none") == ["yes", "yes", "yes", "yes"]
@@ -253,7 +253,7 @@ def test_building_blocks_are_judged_by_their_own_kernels():
         region = event("user_annotation", launches.REGION, 100, 50)
         ran = [event("kernel", name, 110 + i) for i, name in enumerate(kernels)]
         case = launches.count([region, *ran, *more], 1)
-        rows = list(targets.block_launch_rows({"mlp_seed": {"regfused.clip_grad_norm_": case}}))
+        rows = list(targets.block_launch_rows({"mlp_251": {"regfused.clip_grad_norm_": case}}))
         assert [row[-1] for row in rows[1:]] == ["?"] * (len(launches.BLOCKS) - 1)
         return rows[0][2:]
 

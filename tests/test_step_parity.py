@@ -118,7 +118,7 @@ def train_in_one_line(model, batches, **options):
 
 @pytest.mark.parametrize("l1, l2", [(0.0, 0.0), (0.01, 0.0), (0.0, 0.02), (0.01, 0.02)])
 @pytest.mark.parametrize("max_norm", [0.3, 1e9])
-def test_against_the_seed_loop(l1, l2, max_norm):
+def test_against_the_tutorial_loop(l1, l2, max_norm):
     model = torch.nn.Sequential(torch.nn.Linear(3, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1)).double()
     twin = copy.deepcopy(model)
     batches = [(torch.randn(16, 3).double(), torch.randn(16, 1).double()) for _ in range(30)]
