@@ -10,7 +10,15 @@ from benchmarks import model_runs, step_jobs
 from benchmarks.arms import Timing
 from benchmarks.model_runs import Cold, Dtype, ModelRuns, Models, Out, RooflineMib, Seconds, Subject, Threads
 from benchmarks.models import DEFAULT_MODELS, read_models
-from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, OPTIMIZERS, TUTORIAL_LOOP_FUSED, jobs_of, tutorial_loop
+from benchmarks.step_jobs import (
+    CLIP_FUSED,
+    CLIP_GRAD_SCALE,
+    FUSED,
+    OPTIMIZERS,
+    TUTORIAL_LOOP_FUSED,
+    jobs_of,
+    tutorial_loop,
+)
 
 
 def subject(optimizer: str, stem: str) -> Subject:

@@ -21,7 +21,17 @@ import regfused
 from benchmarks import report
 from benchmarks.models import own_copy, random_params, read_models, reduced
 from benchmarks.penalty_jobs import free_grads
-from benchmarks.step_jobs import CLIP_FUSED, CLIP_GRAD_SCALE, FUSED, JOBS, OURS, TUTORIAL_LOOP, TIMED, Hyperparameters, Step
+from benchmarks.step_jobs import (
+    CLIP_FUSED,
+    CLIP_GRAD_SCALE,
+    FUSED,
+    JOBS,
+    OURS,
+    TUTORIAL_LOOP,
+    TIMED,
+    Hyperparameters,
+    Step,
+)
 
 MODELS = ("mlp_251", "many_small_1000x1k", "gpt2_124m")
 REGION = "counted steps"

@@ -37,8 +37,11 @@ inline void* address_of_grad(void* grad) {
 }
 
 // What the group lasso shrinks after a step of this row.
-inline SliceTensor slices_of(const StepRow& row, const StepHyper& hyper) {
-  return {row.grad ? row.param : nullptr, row.dtype, SliceRule::group_lasso, row.slices, hyper.group_threshold()};
+inline SliceTensor slices_of(const StepRow& row, const StepHyper& hyper, const StepLength& length) {
+  SliceTensor slices{row.grad ? row.param : nullptr, row.dtype, SliceRule::group_lasso, row.slices, 0, {}};
+  slices.bound = length.slot < 0 ? hyper.group_threshold() : hyper.metric_threshold();
+  if (length.slot >= 0) slices.metric = hyper.metric(length, row.slots[length.slot]);
+  return slices;
 }
 
 // What holds for all rows of one step.

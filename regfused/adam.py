@@ -24,10 +24,12 @@ class Adam(Fused, reference.Adam):
         p  = p*(1 - lr*weight_decay)                   decoupled weight decay only
         p  = p - e*exp_avg/(1 - beta1^t)
         p  = sign(p)*max(|p| - e*l1, 0) / (1 + 2*e*l2) proximal only; l1 and l2 are not in h then
+        w  = the group lasso's proximal map             for each slice w of p along group_dim: the w that minimizes
+             sum (w - q)^2/(2*e') + group_l1*||w||, q the slice so far, e' = e, or e/(1 + 2*e*l2) with proximal
 
     ``t`` counts the steps of each parameter, from its first gradient on; a skipped step does not count. With a proximal
-    map in the metric of the step the steps come to rest at the minimum of ``loss + l1*sum|p| + l2*sum(p^2)``, with its
-    exact zeros (Yun, Lozano, Yang, Adaptive proximal gradient methods for structured neural networks, 2021). The
+    map in the metric of the step the steps come to rest at the minimum of
+    ``loss + l1*sum|p| + l2*sum(p^2) + group_l1*sum||w||``, with its exact zeros (Yun, Lozano, Yang, Adaptive proximal gradient methods for structured neural networks, 2021). The
     threshold ``lr*l1`` would come to rest elsewhere: with fewer zeros where gradients are small.
 
     State is torch's: ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``, to and from ``torch.optim.Adam``.
@@ -42,8 +44,8 @@ class Adam(Fused, reference.Adam):
         amsgrad: the largest second moment so far in place of the last (Reddi, Kale, Kumar, On the convergence of Adam
             and beyond, 2018).
         l1, l2, proximal, max_norm, norm_type, penalty_in_clip, nonfinite: see `regfused.SGD`.
-        group_l1, group_dim: see `regfused.SGD`. Demands ``decoupled_proximal=True``: groups have no map in the metric
-            of the step yet.
+        group_l1, group_dim: see `regfused.SGD`. The map of a slice has no closed form where its elements have steps of
+            different lengths: a few Newton steps find its norm.
         decoupled_proximal: the maps take ``lr`` for the length of each element's step, as AdamW's decay does.
         foreach, differentiable, fused: see `regfused.SGD`.
         maximize: ascend instead of descend.

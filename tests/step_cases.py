@@ -134,7 +134,9 @@ ADAM_OPTIONS = {
     "proximal l1": {"l1": 0.5, "proximal": True, "max_norm": 1.0},
     "proximal elastic net": {"l1": 0.2, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
     "decoupled proximal": {"l1": 3.0, "l2": 0.5, "proximal": True, "decoupled_proximal": True},
-    "group lasso": {"group_l1": 3.0, "decoupled_proximal": True, "max_norm": 1.0},
+    "group lasso": {"group_l1": 0.3, "max_norm": 1.0},
+    "sparse group lasso": {"l1": 0.2, "l2": 0.1, "proximal": True, "group_l1": 0.3, "amsgrad": True},
+    "decoupled group lasso": {"group_l1": 3.0, "decoupled_proximal": True, "max_norm": 1.0},
     "everything": {
         "weight_decay": 0.05,
         "l1": 0.3,
@@ -255,6 +257,26 @@ def shrink_groups(p, threshold, dim) -> torch.Tensor:
     return scale_slices(p, dim, lambda norm: 1 if threshold == 0 else 0 if norm <= threshold else 1 - threshold / norm)
 
 
+def group_map(q, lengths, dim) -> torch.Tensor:
+    """The same where each element has a threshold of its own: for each slice q the w that minimizes
+
+    ``sum (w - q)^2 / (2*lengths) + ||w||``: ``w = q * r/(r + lengths)`` with ``r = ||w||``, found by bisection.
+    """
+    if q.numel() == 0:
+        return q.clone()
+    whole = dim is None or q.dim() == 0
+    rows = (lambda x: x.reshape(1, -1)) if whole else (lambda x: x.movedim(dim, 0).reshape(x.shape[dim], -1))
+    of_q, a = rows(q), rows(lengths.expand(q.shape))
+    low, high = torch.zeros(len(of_q), 1, dtype=torch.float64), of_q.norm(dim=1, keepdim=True)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = (of_q / (middle + a)).square().sum(1, keepdim=True) < 1  # of the solution
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    w = torch.where(high < 1e-14 * of_q.norm(dim=1, keepdim=True), 0 * of_q, of_q * (high / (high + a)))
+    w = torch.where(a == 0, of_q, w)
+    return w.reshape(q.shape) if whole else w.reshape(q.movedim(dim, 0).shape).movedim(0, dim)
+
+
 class SgdMove:
     """What SGD makes of d, in float64: state is the momentum buffer, or nothing at a first gradient."""
 
@@ -361,7 +383,11 @@ class Oracle:
             if o["group_l1"] != 0:
                 if o["proximal"]:
                     length = length / (1 + 2 * length * o["l2"])
-                p = shrink_groups(p.to(self.dtype).double(), length * o["group_l1"], o["group_dim"])
+                p = p.to(self.dtype).double()
+                if isinstance(length, torch.Tensor):
+                    p = group_map(p, length * o["group_l1"], o["group_dim"])
+                else:
+                    p = shrink_groups(p, length * o["group_l1"], o["group_dim"])
             new_params.append(p)
             new_states.append(state)
         return new_params, new_states, norm, c

@@ -89,7 +89,7 @@ def test_linear_models(module, way, ratio, data):
 
 
 @KINDS
-@pytest.mark.parametrize("way", [way for way in WAYS if way.startswith("SGD")])
+@pytest.mark.parametrize("way", WAYS)
 def test_multi_task_lasso(module, way, data):
     inputs, _ = data
     random = np.random.default_rng(1)
@@ -102,7 +102,7 @@ def test_multi_task_lasso(module, way, data):
 
 
 @KINDS
-@pytest.mark.parametrize("way", ("SGD, plain", "SGD, momentum"))
+@pytest.mark.parametrize("way", ("SGD, plain", "SGD, momentum", "Adam", "Adam, amsgrad"))
 def test_sparse_group_lasso_with_l2(module, way, data):
     """Against the optimality conditions: the length of a group's step is shortened by the map of elements before it."""
     inputs, targets = map(torch.from_numpy, data)

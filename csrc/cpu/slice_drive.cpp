@@ -2,6 +2,7 @@
 #include "slice_drive.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "isa.h"
 
@@ -12,6 +13,7 @@ namespace {
 // A run at least this long is worked on by itself: shorter ones together, column by column.
 constexpr int64_t kLongRun = 1024;
 static_assert(kLongRun <= kSliceColumns, "a short run fits a tile");
+static_assert(kMostInChunk == Chunks::kSize);
 
 // Rows of a tile: a partial sum costs a sixteenth of what it is made of at most.
 constexpr int64_t kTileRows = 64;
@@ -41,12 +43,13 @@ void SlicesOnCpu::clear() {
   slices_.clear();
   partials_.clear();
   factors_.clear();
+  radii_.clear();
 }
 
 size_t SlicesOnCpu::add(const SliceTensor& tensor) {
   const SliceLayout& layout = tensor.layout;
   const auto i = static_cast<int32_t>(cuts_.size());
-  Cut cut{tensor, layout.inner >= kLongRun || layout.outer == 1, {}, {}, partials_.size(), factors_.size(), 1};
+  Cut cut{tensor, layout.inner >= kLongRun || layout.outer == 1, {}, {}, partials_.size(), factors_.size(), 0, 1};
   if (const int64_t size = chunk_of_slices(layout)) {
     whole_.add(i, layout.numel(), size);
   } else if (layout.numel() > 0) {
@@ -64,6 +67,7 @@ size_t SlicesOnCpu::add(const SliceTensor& tensor) {
     const int64_t additions = partials / layout.count * std::min(layout.count, kSlicesTogether);
     cut.judging = std::clamp<int64_t>(additions, 1, kLargestWork);
     slices_.add(i, (layout.count + kSlicesTogether - 1) / kSlicesTogether * cut.judging, cut.judging);
+    cut.plane = partials;
     partials_.resize(partials_.size() + partials);
     factors_.resize(factors_.size() + layout.count);
   }
@@ -71,9 +75,11 @@ size_t SlicesOnCpu::add(const SliceTensor& tensor) {
   return i;
 }
 
-void SlicesOnCpu::set(size_t i, void* data, double bound) {
-  cuts_[i].tensor.data = data;
-  cuts_[i].tensor.bound = bound;
+void SlicesOnCpu::set(size_t i, const SliceTensor& tensor) {
+  SliceTensor& here = cuts_[i].tensor;
+  here.data = tensor.data;
+  here.bound = tensor.bound;
+  here.metric = tensor.metric;
 }
 
 // f(cut, chunk) for every chunk of a tensor that is not passed by.
@@ -86,10 +92,45 @@ void SlicesOnCpu::for_each(const Chunks& chunks, const F& f) {
 }
 
 void SlicesOnCpu::shrink() {
+  const auto plain = [&](void (SlicesOnCpu::*pass)(const Cut&, const Chunk&)) {
+    return [this, pass](const Cut& cut, const Chunk& chunk) {
+      if (!cut.tensor.metric) (this->*pass)(cut, chunk);
+    };
+  };
   for_each(whole_, [&](const Cut& cut, const Chunk& chunk) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) { measure(cut, piece); });
-  for_each(slices_, [&](const Cut& cut, const Chunk& slices) { judge(cut, slices); });
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) { scale(cut, piece); });
+  find_radii();
+  for_each(pieces_, plain(&SlicesOnCpu::measure));
+  for_each(slices_, plain(&SlicesOnCpu::judge));
+  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) {
+    cut.tensor.metric ? shrink_to_radii(cut, piece) : scale(cut, piece);
+  });
+}
+
+void SlicesOnCpu::find_radii() {
+  bool open = false;
+  for (Cut& cut : cuts_) {
+    cut.open = cut.tensor.metric && !cut.tensor.is_passed_by() && cut.plane > 0;
+    open |= cut.open;
+  }
+  if (!open) return;
+  radii_.assign(factors_.size(), SliceRadius{});
+  sums_.resize(partials_.size() * SliceSums::kCount);
+  const auto sought = [](const auto& pass) {
+    return [&pass](const Cut& cut, const Chunk& chunk) {
+      if (cut.open) pass(cut, chunk);
+    };
+  };
+  for (int i = 0; i < kMostRadii && open; ++i) {
+    for_each(pieces_, sought([&](const Cut& cut, const Chunk& piece) { sum(cut, piece); }));
+    for_each(slices_, sought([&](const Cut& cut, const Chunk& chunk) { judge_radii(cut, chunk); }));
+    open = false;
+    for (Cut& cut : cuts_) {
+      if (!cut.open) continue;
+      const auto* radii = radii_.data() + cut.factors;
+      cut.open = std::any_of(radii, radii + cut.tensor.layout.count, [](const SliceRadius& r) { return r.open; });
+      open |= cut.open;
+    }
+  }
 }
 
 void SlicesOnCpu::measure(const Cut& cut, const Chunk& chunk) {
@@ -103,23 +144,36 @@ void SlicesOnCpu::measure(const Cut& cut, const Chunk& chunk) {
   }
 }
 
-// The factors of some slices, whose partial sums lie side by side.
-void SlicesOnCpu::judge(const Cut& cut, const Chunk& chunk) {
+// f(begin, n) for some slices, whose partial sums lie side by side.
+template <class F>
+void SlicesOnCpu::for_slices(const Cut& cut, const Chunk& chunk, const F& f) {
   const int64_t begin = chunk.begin / cut.judging * kSlicesTogether;
-  const int64_t n = std::min(kSlicesTogether, cut.tensor.layout.count - begin);
-  const double* partials = partials_.data() + cut.partials;
-  double squares[kSlicesTogether] = {};
+  f(begin, std::min(kSlicesTogether, cut.tensor.layout.count - begin));
+}
+
+// The sums of n slices from the partial sums of a plane.
+template <class Combine>
+void SlicesOnCpu::add_up(const Cut& cut, const double* partials, int64_t begin, int64_t n, double* sums,
+                         const Combine& combine) {
   if (cut.by_segments) {
     for (int64_t t = 0; t < cut.segments.terms(); ++t)
-      for (int64_t i = 0; i < n; ++i) squares[i] += cut.segments.term(partials, begin + i, t);
+      for (int64_t i = 0; i < n; ++i) sums[i] = combine(sums[i], cut.segments.term(partials, begin + i, t));
   } else {
     for (int64_t row_tile = 0; row_tile < cut.columns.row_tiles; ++row_tile)
       for (int64_t repetition = 0; repetition < cut.columns.repetitions; ++repetition)
-        for (int64_t i = 0; i < n; ++i) squares[i] += cut.columns.term(partials, begin + i, row_tile, repetition);
+        for (int64_t i = 0; i < n; ++i)
+          sums[i] = combine(sums[i], cut.columns.term(partials, begin + i, row_tile, repetition));
   }
-  for (int64_t i = 0; i < n; ++i)
-    factors_[cut.factors + begin + i] =
-        slice_factor(cut.tensor.rule, cut.tensor.bound, norm_finish(NormType::two, squares[i]));
+}
+
+void SlicesOnCpu::judge(const Cut& cut, const Chunk& chunk) {
+  for_slices(cut, chunk, [&](int64_t begin, int64_t n) {
+    double squares[kSlicesTogether] = {};
+    add_up(cut, partials_.data() + cut.partials, begin, n, squares, std::plus<double>());
+    for (int64_t i = 0; i < n; ++i)
+      factors_[cut.factors + begin + i] =
+          slice_factor(cut.tensor.rule, cut.tensor.bound, norm_finish(NormType::two, squares[i]));
+  });
 }
 
 void SlicesOnCpu::scale(const Cut& cut, const Chunk& chunk) {
@@ -128,6 +182,46 @@ void SlicesOnCpu::scale(const Cut& cut, const Chunk& chunk) {
   if (!cut.by_segments) return kernels_.scale_tile(cut.tensor, cut.columns.tile(piece), factors);
   const SliceSegments::Segment segment = cut.segments.segment(piece);
   kernels_.scale_segment(cut.tensor, segment, factors[segment.slice]);
+}
+
+// --- In a metric ----------------------------------------------------------------------------------
+
+void SlicesOnCpu::sum(const Cut& cut, const Chunk& chunk) {
+  const int64_t piece = chunk.begin / kPiece;
+  double* sums = sums_.data() + cut.partials * SliceSums::kCount;
+  const SliceRadius* radii = radii_.data() + cut.factors;
+  if (cut.by_segments) {
+    const SliceSegments::Segment segment = cut.segments.segment(piece);
+    const SliceRadius& radius = radii[segment.slice];
+    if (radius.open) kernels_.sum_segment(cut.tensor, segment, radius, sums + piece, cut.plane);
+  } else {
+    const SliceTile tile = cut.columns.tile(piece);
+    kernels_.sum_tile(cut.tensor, tile, radii, sums + cut.columns.first_partial(piece, tile), cut.plane);
+  }
+}
+
+void SlicesOnCpu::judge_radii(const Cut& cut, const Chunk& chunk) {
+  const double* sums = sums_.data() + cut.partials * SliceSums::kCount;
+  const bool doubles = cut.tensor.dtype == DType::float64;
+  const double tolerance = doubles ? radius_tolerance<double>() : radius_tolerance<float>();
+  for_slices(cut, chunk, [&](int64_t begin, int64_t n) {
+    double squares[kSlicesTogether] = {}, second[kSlicesTogether] = {}, largest[kSlicesTogether] = {};
+    add_up(cut, sums, begin, n, squares, std::plus<double>());
+    add_up(cut, sums + cut.plane, begin, n, second, std::plus<double>());
+    add_up(cut, sums + 2 * cut.plane, begin, n, largest, [](double a, double b) { return a > b ? a : b; });
+    for (int64_t i = 0; i < n; ++i) {
+      SliceRadius& radius = radii_[cut.factors + begin + i];
+      if (radius.open) radius = next_radius(radius, {squares[i], second[i], largest[i]}, tolerance);
+    }
+  });
+}
+
+void SlicesOnCpu::shrink_to_radii(const Cut& cut, const Chunk& chunk) {
+  const int64_t piece = chunk.begin / kPiece;
+  const SliceRadius* radii = radii_.data() + cut.factors;
+  if (!cut.by_segments) return kernels_.shrink_tile(cut.tensor, cut.columns.tile(piece), radii);
+  const SliceSegments::Segment segment = cut.segments.segment(piece);
+  kernels_.shrink_segment(cut.tensor, segment, radii[segment.slice]);
 }
 
 }  // namespace regfused

@@ -19,8 +19,8 @@ class SlicesOnCpu {
   void clear();
   // Plans for a tensor of this shape; the number that set() knows it by.
   size_t add(const SliceTensor& tensor);
-  // The same tensor in another place or with another bound.
-  void set(size_t i, void* data, double bound);
+  // The same tensor in another place, null to pass it by, or with another bound or metric.
+  void set(size_t i, const SliceTensor& tensor);
   // Cannot fail.
   void shrink();
 
@@ -30,15 +30,26 @@ class SlicesOnCpu {
     bool by_segments;
     SliceSegments segments;
     SliceColumns columns;
-    size_t partials, factors;  // where they begin
+    size_t partials, factors;  // where they begin, the latter in radii_, too
+    int64_t plane;             // partial sums
     int64_t judging;           // additions for the factors of some slices, about
+    bool open = false;         // radii are sought
   };
 
   void measure(const Cut& cut, const Chunk& piece);
   void judge(const Cut& cut, const Chunk& chunk);
   void scale(const Cut& cut, const Chunk& piece);
+  // The same in a metric, where radii take the place of factors.
+  void find_radii();
+  void sum(const Cut& cut, const Chunk& piece);
+  void judge_radii(const Cut& cut, const Chunk& chunk);
+  void shrink_to_radii(const Cut& cut, const Chunk& piece);
   template <class F>
   void for_each(const Chunks& chunks, const F& f);
+  template <class F>
+  void for_slices(const Cut& cut, const Chunk& chunk, const F& f);
+  template <class Combine>
+  void add_up(const Cut& cut, const double* partials, int64_t begin, int64_t n, double* sums, const Combine& combine);
 
   SliceKernels kernels_ = {};
   std::vector<Cut> cuts_;
@@ -46,6 +57,8 @@ class SlicesOnCpu {
   Chunks pieces_;  // of others: a piece has begin / kPiece as its number
   Chunks slices_;  // of others, some together: their number is begin / judging
   std::vector<double> partials_, factors_;
+  std::vector<SliceRadius> radii_;
+  std::vector<double> sums_;  // SliceSums::kCount planes for each tensor, where partials_ has one
 };
 
 }  // namespace regfused

@@ -70,6 +70,17 @@ REGFUSED_RULE void add_squares(double* to, Floats x) {
   add_squares(to + kDoubles, widen_high(x));
 }
 
+// x^2 and x^2*slope.
+REGFUSED_RULE void add_products(double* squares, double* products, Doubles x, Doubles slope) {
+  const Doubles square = x * x;
+  store(squares, load(squares) + square);
+  store(products, load(products) + square * slope);
+}
+REGFUSED_RULE void add_products(double* squares, double* products, Floats x, Floats slope) {
+  add_products(squares, products, widen_low(x), widen_low(slope));
+  add_products(squares + kDoubles, products + kDoubles, widen_high(x), widen_high(slope));
+}
+
 template <class S>
 void measure_tile(const SliceTensor& tensor, const SliceTile& tile, double* partials) {
   Columns<double> sums;
@@ -119,6 +130,260 @@ void scale_tile(const SliceTensor& tensor, const SliceTile& tile, const double* 
   });
 }
 
+// --- In a metric ----------------------------------------------------------------------------------
+
+// SliceSums in fixed lanes.
+struct SliceLanes {
+  NormLanes squares{NormType::two};
+  NormLanes norm{NormType::two};  // at the beginning
+  Doubles products[kLanes / kDoubles] = {};
+
+  // x^2 and x^2*slope.
+  template <int I>
+  REGFUSED_RULE void add(Floats x, Floats slope) {
+    add<2 * I>(widen_low(x), widen_low(slope));
+    add<2 * I + 1>(widen_high(x), widen_high(slope));
+  }
+  template <int I>
+  REGFUSED_RULE void add(Doubles x, Doubles slope) {
+    const Doubles square = x * x;
+    squares.lanes[I] += square;
+    products[I] += square * slope;
+  }
+  REGFUSED_RULE double product() const {
+    NormLanes sum(NormType::one);
+    __builtin_memcpy(sum.lanes, products, sizeof products);
+    return sum.total();
+  }
+};
+
+template <class V>
+REGFUSED_RULE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class T, class V>
+REGFUSED_RULE double largest_lane(V lanes) {
+  T largest = 0;
+  for (size_t j = 0; j < sizeof(V) / sizeof(T); ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  return double(largest);
+}
+
+// Both arrays of some elements of a slice, row after row: q of the tensor, v of its metric.
+template <class S>
+struct MetricRows {
+  Rows<S> of_q, of_v;
+  const int64_t n;
+
+  REGFUSED_RULE MetricRows(const SliceTensor& tensor, int64_t begin, int64_t n)
+      : of_q(tensor.data, Chunk{0, static_cast<int32_t>(n), begin}),
+        of_v(const_cast<void*>(tensor.metric.second_moment), Chunk{0, static_cast<int32_t>(n), begin}),
+        n(n) {}
+
+  // f(position, q + at, v + at, i + at) for each vector.
+  template <bool kWrites, class F>
+  REGFUSED_RULE void for_each(const F& f) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      S* q = of_q.row(i, n);
+      const S* v = of_v.row(i, n);
+      prefetch(q);
+      prefetch(v);
+      for_each_vector<S>([&](auto position, int at)
+                             __attribute__((always_inline)) { f(position, q + at, v + at, i + at); });
+      if constexpr (kWrites) of_q.write_back(i, n);
+    }
+  }
+};
+
+// weights: of each element, with room for whole rows; those of a slice that lies in a chunk are made once.
+template <class S, class T>
+SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, T* weights) {
+  using V = typename Storage<S>::V;
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  SliceLanes lanes;
+  V largest{};
+  MetricRows<S>(tensor, begin, n)
+      .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V weight = weight_of(load(v)), of_q = load(q);
+        if (weights) store(weights + i, weight);
+        largest = larger(weight, largest);
+        lanes.squares.template add<position.value>(weight * of_q);
+        lanes.norm.template add<position.value>(of_q);
+      });
+  return {lanes.squares.total(), lanes.norm.total(), largest_lane<T>(largest)};
+}
+
+template <class S, class T>
+SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double radius, const T* weights) {
+  using V = typename Storage<S>::V;
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const T r = T(radius);
+  SliceLanes lanes;
+  MetricRows<S>(tensor, begin, n)
+      .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V slope = slice_slope<T>(weights ? load(weights + i) : weight_of(load(v)), r);
+        lanes.template add<position.value>(load(q) * slope, slope);
+      });
+  return {lanes.squares.total(), lanes.product(), 0};
+}
+
+template <class S, class T>
+void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radius, const T* weights) {
+  using V = typename Storage<S>::V;
+  if (radius > 1.7976931348623157e308) return;
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const T r = T(radius);
+  MetricRows<S>(tensor, begin, n)
+      .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V weight = weights ? load(weights + i) : weight_of(load(v));
+        store(q, slice_shrunk<T>(load(q), weight, r));
+      });
+}
+
+template <class S>
+void shrink_in_metric(const SliceTensor& tensor, int64_t begin, int64_t n) {
+  using T = typename Storage<S>::T;
+  alignas(REGFUSED_VECTOR_BYTES) T weights[kMostInChunk + kLanes];
+  SliceRadius radius = next_radius({}, sums_at_beginning<S>(tensor, begin, n, weights), radius_tolerance<T>());
+  for (int i = 1; i < kMostRadii && radius.open; ++i)
+    radius = next_radius(radius, sums_at<S>(tensor, begin, n, radius.radius, weights), radius_tolerance<T>());
+  shrink_to<S>(tensor, begin, n, radius.radius, weights);
+}
+
+template <class S>
+void sum_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, const SliceRadius& radius,
+                 double* sums, int64_t plane) {
+  using T = typename Storage<S>::T;
+  const T* none = nullptr;
+  const SliceSums found = radius.is_beginning()
+                              ? sums_at_beginning<S>(tensor, segment.begin, segment.size, const_cast<T*>(none))
+                              : sums_at<S>(tensor, segment.begin, segment.size, radius.radius, none);
+  sums[0] = found.squares;
+  sums[plane] = found.second;
+  sums[2 * plane] = found.largest;
+}
+
+template <class S>
+void shrink_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, const SliceRadius& radius) {
+  const typename Storage<S>::T* none = nullptr;
+  shrink_to<S>(tensor, segment.begin, segment.size, radius.radius, none);
+}
+
+// The radius of each column of a tile, from radius_of(i) of its run i.
+template <class T, class RadiusOf>
+REGFUSED_RULE void spread_radii(const SliceTile& tile, Columns<T>& radii, const RadiusOf& radius_of) {
+  const int32_t runs = tile.runs();
+  for (int32_t run = 0; run < runs; ++run)
+    for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) radii.at[c] = T(radius_of(run).radius);
+  for (int c = 0; c < kLanes; ++c) radii.at[tile.columns + c] = 0;
+}
+
+// The sums of each run of a tile, at the radii of its columns or at the beginning.
+template <class S>
+void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const Columns<typename Storage<S>::T>* radii,
+                 double* sums, int64_t plane) {
+  using T = typename Storage<S>::T;
+  using V = typename Storage<S>::V;
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  Columns<double> squares, second;
+  Columns<T> largest;
+  __builtin_memset(&squares, 0, sizeof squares);
+  __builtin_memset(&second, 0, sizeof second);
+  __builtin_memset(&largest, 0, sizeof largest);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
+    if (rest <= 0) break;
+    MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
+        .template for_each<false>([&](auto, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+          const V weight = weight_of(load(v)), of_q = load(q);
+          if (radii) {
+            const V slope = slice_slope<T>(weight, load(radii->at + i));
+            add_products(squares.at + i, second.at + i, of_q * slope, slope);
+          } else {
+            add_squares(squares.at + i, weight * of_q);
+            add_squares(second.at + i, of_q);
+            store(largest.at + i, larger(weight, load(largest.at + i)));
+          }
+        });
+  }
+  const int32_t runs = tile.runs();
+  for (int32_t run = 0; run < runs; ++run) {
+    SliceSums of_run;
+    for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) {
+      of_run.squares += squares.at[c];
+      of_run.second += second.at[c];
+      of_run.largest = larger(double(largest.at[c]), of_run.largest);
+    }
+    sums[run] = of_run.squares;
+    sums[run + plane] = of_run.second;
+    sums[run + 2 * plane] = of_run.largest;
+  }
+}
+
+// radius_of(i): of run i of the tile.
+template <class S, class RadiusOf>
+REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile, const RadiusOf& radius_of) {
+  using T = typename Storage<S>::T;
+  using V = typename Storage<S>::V;
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  Columns<T> radii;
+  spread_radii(tile, radii, radius_of);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
+    if (rest <= 0) break;
+    MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
+        .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+          const V of_q = load(q), radius = load(radii.at + i);
+          const V shrunk = slice_shrunk<T>(of_q, weight_of(load(v)), radius);
+          store(q, radius > largest_number<T>() ? of_q : shrunk);
+        });
+  }
+}
+
+// Whole short slices side by side: a tile of one row.
+template <class S>
+void shrink_row_in_metric(const SliceTensor& tensor, const SliceTile& tile) {
+  using T = typename Storage<S>::T;
+  SliceRadius radii[kSliceColumns];
+  double sums[SliceSums::kCount * kSliceColumns];
+  const int32_t runs = tile.runs();
+  const auto radius_of = [&](int32_t run) { return radii[run]; };
+  bool open = true;
+  for (int i = 0; i < kMostRadii && open; ++i) {
+    Columns<T> at;
+    if (i > 0) spread_radii(tile, at, radius_of);
+    sum_columns<S>(tensor, tile, i > 0 ? &at : nullptr, sums, kSliceColumns);
+    open = false;
+    for (int32_t run = 0; run < runs; ++run) {
+      if (!radii[run].open) continue;
+      radii[run] = next_radius(radii[run], {sums[run], sums[run + kSliceColumns], sums[run + 2 * kSliceColumns]},
+                               radius_tolerance<T>());
+      open |= radii[run].open;
+    }
+  }
+  shrink_columns<S>(tensor, tile, radius_of);
+}
+
+// radii: of all slices.
+template <class S>
+void sum_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii, double* sums, int64_t plane) {
+  const int64_t count = tensor.layout.count, first = tile.first_run % count;
+  const auto radius_of = [&](int32_t run) -> const SliceRadius& { return radii[(first + run) % count]; };
+  const int32_t runs = tile.runs();
+  bool open = false;
+  for (int32_t run = 0; run < runs; ++run) open |= radius_of(run).open;
+  if (!open) return;
+  Columns<typename Storage<S>::T> at;
+  const bool beginning = radius_of(0).is_beginning();
+  if (!beginning) spread_radii(tile, at, radius_of);
+  sum_columns<S>(tensor, tile, beginning ? nullptr : &at, sums, plane);
+}
+
+template <class S>
+void shrink_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii) {
+  const int64_t count = tensor.layout.count, first = tile.first_run % count;
+  shrink_columns<S>(tensor, tile, [&](int32_t run) { return radii[(first + run) % count]; });
+}
+
 // --- Both -----------------------------------------------------------------------------------------
 
 REGFUSED_RULE double factor_of(const SliceTensor& tensor, double squares) {
@@ -130,7 +395,10 @@ void shrink(const SliceTensor& tensor, int64_t begin, int64_t n) {
   const int64_t inner = tensor.layout.inner;
   if (inner >= kLanes) {
     for (int64_t i = 0; i < n; i += inner)
-      scale<S>(tensor, begin + i, inner, factor_of(tensor, sum_of_squares<S>(tensor, begin + i, inner)));
+      if (tensor.metric)
+        shrink_in_metric<S>(tensor, begin + i, inner);
+      else
+        scale<S>(tensor, begin + i, inner, factor_of(tensor, sum_of_squares<S>(tensor, begin + i, inner)));
     return;
   }
   const int64_t together = kSliceColumns / inner * inner;
@@ -141,6 +409,10 @@ void shrink(const SliceTensor& tensor, int64_t begin, int64_t n) {
     tile.numel = begin + n;
     tile.inner = inner;
     tile.columns = static_cast<int32_t>(n - i < together ? n - i : together);
+    if (tensor.metric) {
+      shrink_row_in_metric<S>(tensor, tile);
+      continue;
+    }
     double squares[kSliceColumns];
     measure_tile<S>(tensor, tile, squares);
     scale_runs<S>(tensor, tile,
@@ -171,8 +443,9 @@ void scale_segment(const SliceTensor& tensor, const SliceSegments::Segment& segm
   }
 
 constexpr SliceKernels kSliceKernels = {
-    REGFUSED_BY_DTYPE(shrink),       REGFUSED_BY_DTYPE(measure_segment), REGFUSED_BY_DTYPE(scale_segment),
-    REGFUSED_BY_DTYPE(measure_tile), REGFUSED_BY_DTYPE(scale_tile),
+    REGFUSED_BY_DTYPE(shrink),         REGFUSED_BY_DTYPE(measure_segment), REGFUSED_BY_DTYPE(scale_segment),
+    REGFUSED_BY_DTYPE(measure_tile),   REGFUSED_BY_DTYPE(scale_tile),      REGFUSED_BY_DTYPE(sum_segment),
+    REGFUSED_BY_DTYPE(shrink_segment), REGFUSED_BY_DTYPE(sum_tile),        REGFUSED_BY_DTYPE(shrink_tile),
 };
 #undef REGFUSED_BY_DTYPE
 

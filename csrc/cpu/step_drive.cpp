@@ -21,7 +21,7 @@ void StepOnCpu::cut(const StepWork& work, int8_t index) {
       if (const int64_t of_slices = SlicesOnCpu::chunk_of_slices(row.slices)) {
         size = of_slices;
       } else {
-        others_.add(slices_of(row, hyper));
+        others_.add(slices_of(row, hyper, {}));
         other_rows_.push_back(t);
       }
     }
@@ -64,11 +64,17 @@ void StepOnCpu::step(const StepWork& work, const StepScalars& scalars) {
     const StepHyper& hyper = work.groups[row.group];
     kernel(row, chunk, hyper, work.times[row.time], scalars, partial);
     if (scalars.write_unscaled_grad) kernels_.unscale(row, chunk, scalars);
-    if (hyper.group_l1 != 0) shrink_chunk(slices_of(row, hyper), chunk);
+    if (hyper.group_l1 != 0) shrink_chunk(sliced(work, row), chunk);
   });
   shrink_others(work);
   penalty_ = 0;
   for (const StepPartial& partial : partials_) penalty_ += partial.penalty;
+}
+
+SliceTensor StepOnCpu::sliced(const StepWork& work, const StepRow& row) {
+  const StepHyper& hyper = work.groups[row.group];
+  const StepLength length = info_of(work.rule).length(hyper, work.times[row.time], row.slot_set);
+  return slices_of(row, hyper, length);
 }
 
 // The group lasso on a chunk of whole slices, while it is in the cache.
@@ -80,8 +86,7 @@ void StepOnCpu::shrink_chunk(const SliceTensor& slices, const Chunk& chunk) cons
 void StepOnCpu::shrink_others(const StepWork& work) {
   for (size_t i = 0; i < other_rows_.size(); ++i) {
     const StepRow& row = work.rows[other_rows_[i]];
-    const SliceTensor slices = slices_of(row, work.groups[row.group]);
-    others_.set(i, slices.data, slices.bound);
+    others_.set(i, row.grad ? sliced(work, row) : SliceTensor{});
   }
   others_.shrink();
 }

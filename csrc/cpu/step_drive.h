@@ -25,6 +25,7 @@ class StepOnCpu : public StepDevice {
   template <class Pass>
   void run(const StepWork& work, Pass pass);
 
+  static SliceTensor sliced(const StepWork& work, const StepRow& row);
   void shrink_chunk(const SliceTensor& slices, const Chunk& chunk) const;
   void shrink_others(const StepWork& work);
 

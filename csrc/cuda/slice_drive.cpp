@@ -38,11 +38,20 @@ SliceColumns columns_for(const SliceLayout& layout, DType dtype) {
   return columns;
 }
 
+int64_t partials_of(const SliceDeviceTensor& tensor) {
+  return tensor.by_segments ? tensor.segments.partials() : tensor.columns.partials();
+}
+
+// Whether one warp has all of a slice, and so finds its radius alone.
+bool is_alone(const SliceDeviceTensor& tensor) { return tensor.by_segments && tensor.segments.terms() == 1; }
+
 int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
-void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors) {
+void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors, bool metrics) {
+  static_assert(sizeof(SliceRadius) == 2 * sizeof(double));
+  const int64_t planes = metrics ? SliceSums::kCount : 1, of_slice = metrics ? 2 : 1;
   tensors_.clear();
   doubles_ = false;
   // Where each tensor's partial sums and factors begin in the memory.
@@ -58,9 +67,9 @@ void SlicesOnCuda::plan(const std::vector<SliceTensor>& tensors) {
     else
       here.columns = columns_for(tensor.layout, tensor.dtype);
     begins.push_back({used, 0});
-    used += here.by_segments ? here.segments.partials() : here.columns.partials();
+    used += planes * partials_of(here);
     begins.back()[1] = used;
-    used += tensor.layout.count;
+    used += of_slice * tensor.layout.count;
     doubles_ |= tensor.dtype == DType::float64;
     tensors_.push_back(here);
   }
@@ -77,6 +86,12 @@ void SlicesOnCuda::set(size_t i, void* data, const SliceBound& bound, const Devi
   tensors_[i].data = data;
   tensors_[i].bound = bound;
   tensors_[i].length = length;
+  tensors_[i].second_moment = nullptr;
+}
+
+void SlicesOnCuda::set_metric(size_t i, const void* second_moment, const SliceDeviceMetric* metric) {
+  tensors_[i].second_moment = second_moment;
+  tensors_[i].metric = metric;
 }
 
 void SlicesOnCuda::shrink(const double* skip) {
@@ -96,11 +111,20 @@ void SlicesOnCuda::shrink(const double* skip) {
       const int64_t count = tensor.by_segments ? tensor.segments.layout.count : tensor.columns.layout.count;
       job.judges += terms >= kManyTerms ? count : divided_up(count, kThreads);
     }
-    const cudaStream_t stream = current_stream(device_);
-    check_cuda(launch_slices(SlicePass::measure, job, tensors, doubles_, stream), "launch the measuring of slices");
-    check_cuda(launch_slices(SlicePass::judge, job, tensors, doubles_, stream), "launch the judging of slices");
-    check_cuda(launch_slices(SlicePass::scale, job, tensors, doubles_, stream), "launch the scaling of slices");
+    launch(SlicePass::measure, job, tensors);
+    launch(SlicePass::judge, job, tensors);
+    job.again = std::any_of(tensors, tensors + job.tensor_count,
+                            [](const SliceDeviceTensor& t) { return t.data && t.second_moment && !is_alone(t); });
+    for (int i = 0; job.again && i < kRadiiOnCuda; ++i) {
+      launch(SlicePass::measure, job, tensors);
+      launch(SlicePass::judge, job, tensors);
+    }
+    launch(SlicePass::scale, job, tensors);
   }
+}
+
+void SlicesOnCuda::launch(SlicePass pass, const SliceJob& job, const SliceDeviceTensor* tensors) const {
+  check_cuda(launch_slices(pass, job, tensors, doubles_, current_stream(device_)), "launch a kernel of slices");
 }
 
 void shrink_slices_on_cuda(c10::Device device, const std::vector<SliceTensor>& tensors) {
@@ -109,7 +133,7 @@ void shrink_slices_on_cuda(c10::Device device, const std::vector<SliceTensor>& t
   for (const SliceTensor& tensor : tensors)
     if (!tensor.is_passed_by()) live.push_back(tensor);
   SlicesOnCuda slices(device);
-  slices.plan(live);
+  slices.plan(live, false);
   slices.shrink(nullptr);
 }
 

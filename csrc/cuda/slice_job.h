@@ -22,11 +22,23 @@ constexpr int kMostSliceColumns = 1 << slice_width(DType::float16);
 // With as many partial sums or more a slice has a block of threads that adds them up; with fewer a thread.
 constexpr int64_t kManyTerms = 64;
 
+// How often a radius is improved after the beginning, at most, where a slice is more than one segment: each time is two
+// launches. Slices whose radius is found pass them by.
+constexpr int kRadiiOnCuda = 8;
+
+// What a step leaves for the group lasso of a parameter, in the memory of the device.
+struct SliceDeviceMetric {
+  double root, floor;  // of its SliceMetric
+  double bound;
+};
+
 // Pointers are to the memory of the device.
 struct SliceDeviceTensor {
-  void* data;  // null: passed by
-  double* partials;
-  double* factors;  // one for each slice
+  void* data;                       // null: passed by
+  double* partials;                 // in a metric SliceSums::kCount planes of them
+  double* factors;                  // one for each slice; in a metric a SliceRadius
+  const void* second_moment;        // of a metric; null: one length for all elements
+  const SliceDeviceMetric* metric;  //
   SliceBound bound;
   DeviceNumber length;               // of the step
   int64_t first_piece, first_judge;  // blocks of threads of the tensors before, in all
@@ -42,6 +54,7 @@ struct SliceJob {
   int64_t pieces = 0;            // of all tensors: blocks of threads that measure or scale
   int64_t judges = 0;            // the same for those that make factors
   int32_t tensor_count = 0;
+  bool again = false;  // radii are improved
 };
 
 template <size_t kBytes>

@@ -211,20 +211,311 @@ __device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int6
   });
 }
 
+// --- In a metric: long runs -----------------------------------------------------------------------
+
+// The parts of a metric that all elements share.
+struct MetricOf {
+  const void* second_moment;
+  SliceMetric metric;
+  double bound;
+
+  __device__ __forceinline__ explicit MetricOf(const SliceDeviceTensor& tensor)
+      : second_moment(tensor.second_moment),
+        metric{tensor.second_moment, tensor.metric->root, tensor.metric->floor},
+        bound(tensor.metric->bound) {}
+
+  __device__ __forceinline__ bool is_neutral() const { return regfused::is_neutral(SliceRule::group_lasso, bound); }
+};
+
+template <class A>
+struct MetricSums {
+  A squares = 0, second = 0, largest = 0;
+
+  // q of an element, and its D.
+  template <class T>
+  __device__ __forceinline__ void add_at_beginning(T q, T weight) {
+    const A x = A(weight * q);
+    squares += x * x;
+    second += A(q) * A(q);
+    largest = A(weight) > largest ? A(weight) : largest;
+  }
+  template <class T>
+  __device__ __forceinline__ void add(T q, T weight, T radius) {
+    const T slope = slice_slope<T>(weight, radius);
+    const A x = A(q * slope);
+    squares += x * x;
+    second += x * x * A(slope);
+  }
+  __device__ __forceinline__ bool is_exact() const { return regfused::is_exact(squares) && regfused::is_exact(second); }
+};
+
+// f.template operator()<N>(of_q, of_v, i) for the elements of a segment that are this lane's, N at a time.
+template <class S, class F>
+__device__ __forceinline__ void for_each_of_lane(const S* q, const S* v, int n, const F& f) {
+  for_each_access_of(lane_of_thread(), kWarp, q, n, !same_alignment(q, v), [&]<int N>(int i) {
+    Pack<S, N> of_q, of_v;
+    of_q.load(q + i);
+    of_v.load(v + i);
+    f.template operator()<N>(of_q, of_v, i);
+  });
+}
+
+template <class A, class S>
+__device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const S* q, const S* v, int n,
+                                                             const SliceWeight<Arithmetic<S>>& weight_of,
+                                                             const SliceRadius& radius) {
+  using T = Arithmetic<S>;
+  MetricSums<A> sums;
+  const bool beginning = radius.is_beginning();
+  const T r = T(radius.radius);
+  for_each_of_lane(q, v, n, [&]<int N>(const Pack<S, N>& of_q, const Pack<S, N>& of_v, int) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const T weight = weight_of(widen(of_v.at[j]));
+      if (beginning)
+        sums.add_at_beginning(widen(of_q.at[j]), weight);
+      else
+        sums.add(widen(of_q.at[j]), weight, r);
+    }
+  });
+  return sums;
+}
+
+// Of a segment, in all lanes.
+template <class S>
+__device__ __forceinline__ SliceSums metric_sums(const S* q, const S* v, int n,
+                                                 const SliceWeight<Arithmetic<S>>& weight_of,
+                                                 const SliceRadius& radius) {
+  const auto fast = metric_sums_of_lane<Arithmetic<S>, S>(q, v, n, weight_of, radius);
+  SliceSums sums{double(fast.squares), double(fast.second), double(fast.largest)};
+  if (!fast.is_exact()) {
+    const auto exact = metric_sums_of_lane<double, S>(q, v, n, weight_of, radius);
+    sums = {exact.squares, exact.second, exact.largest};
+  }
+  sums.squares = __shfl_sync(0xffffffffu, warp_sum(sums.squares), 0);
+  sums.second = __shfl_sync(0xffffffffu, warp_sum(sums.second), 0);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const double other = __shfl_down_sync(0xffffffffu, sums.largest, distance);
+    sums.largest = other > sums.largest ? other : sums.largest;
+  }
+  sums.largest = __shfl_sync(0xffffffffu, sums.largest, 0);
+  return sums;
+}
+
+template <class S>
+__device__ __forceinline__ void sum_segment(const SliceDeviceTensor& tensor, int64_t piece, bool again) {
+  using T = Arithmetic<S>;
+  const int64_t index = piece * kSegmentsOfBlock + warp_of_thread();
+  if (index >= tensor.segments.pieces()) return;
+  const MetricOf of(tensor);
+  if (of.is_neutral()) return;
+  const SliceSegments::Segment segment = tensor.segments.segment(index);
+  auto* radii = reinterpret_cast<SliceRadius*>(tensor.factors);
+  SliceRadius radius;
+  if (again) radius = radii[segment.slice];
+  if (!radius.open) return;
+  const S* q = in_global_memory<S>(tensor.data) + segment.begin;
+  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment)) + segment.begin;
+  const SliceWeight<T> weight_of(of.metric, of.bound);
+  SliceSums sums = metric_sums(q, v, int(segment.size), weight_of, radius);
+  if (tensor.segments.terms() == 1) {  // the whole slice is here
+    radius = next_radius(radius, sums, radius_tolerance<T>());
+    for (int i = 1; i < kMostRadii && radius.open; ++i) {
+      sums = metric_sums(q, v, int(segment.size), weight_of, radius);
+      radius = next_radius(radius, sums, radius_tolerance<T>());
+    }
+    radius.open = false;
+    if (lane_of_thread() == 0) radii[segment.slice] = radius;
+  } else if (lane_of_thread() == 0) {
+    const int64_t plane = tensor.segments.partials();
+    tensor.partials[index] = sums.squares;
+    tensor.partials[index + plane] = sums.second;
+    tensor.partials[index + 2 * plane] = sums.largest;
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, int64_t piece) {
+  using T = Arithmetic<S>;
+  const int64_t index = piece * kSegmentsOfBlock + warp_of_thread();
+  if (index >= tensor.segments.pieces()) return;
+  const MetricOf of(tensor);
+  if (of.is_neutral()) return;
+  const SliceSegments::Segment segment = tensor.segments.segment(index);
+  const double radius = reinterpret_cast<const SliceRadius*>(tensor.factors)[segment.slice].radius;
+  if (radius > DBL_MAX) return;
+  const SliceWeight<T> weight_of(of.metric, of.bound);
+  S* q = in_global_memory<S>(tensor.data) + segment.begin;
+  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment)) + segment.begin;
+  for_each_of_lane<S>(q, v, int(segment.size), [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, int i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      narrow(slice_shrunk<T>(widen(of_q.at[j]), weight_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
+    of_q.store(q + i);
+  });
+}
+
+// --- In a metric: short runs ----------------------------------------------------------------------
+
+// Of the columns of a tile, in the type of arithmetic.
+template <class T>
+struct MetricColumns {
+  T squares[kMostSliceColumns / (sizeof(T) / 4)], second[kMostSliceColumns / (sizeof(T) / 4)],
+      largest[kMostSliceColumns / (sizeof(T) / 4)];
+};
+
+// The slice of a column of a tile, and those of the next ones.
+struct SliceOfColumn {
+  int64_t slice, count;
+  int in_run, inner;
+
+  __device__ __forceinline__ SliceOfColumn(const SliceTile& tile, int64_t count, int c)
+      : slice((tile.first_run % count + (tile.offset + c) / int(tile.inner)) % count),
+        count(count),
+        in_run((tile.offset + c) % int(tile.inner)),
+        inner(int(tile.inner)) {}
+  __device__ __forceinline__ void next() {
+    if (++in_run < inner) return;
+    in_run = 0;
+    if (++slice == count) slice = 0;
+  }
+};
+
+// f.template operator()<N>(of_q, of_v, q, left) row by row of N columns of a tile, from column c on.
+template <class S, int N, class F>
+__device__ __forceinline__ void for_each_row(S* q, const S* v, const SliceTile& tile, int c, const F& f) {
+  q += tile.begin + c;
+  v += tile.begin + c;
+  int64_t left = tile.numel - tile.begin - c;
+#pragma unroll 1
+  for (int r = 0; r < tile.rows && left > 0; ++r) {
+    Pack<S, N> of_q = {}, of_v = {};
+    load_some(of_q, q, left);
+    load_some(of_v, v, left);
+    f(of_q, of_v, q, left);
+    q += tile.stride;
+    v += tile.stride;
+    left -= tile.stride;
+  }
+}
+
+template <class S, class F>
+__device__ __forceinline__ void for_each_column(const S* q, const S* v, const SliceTile& tile, const F& f) {
+  if (is_apart(q, tile) || !same_alignment(q, v))
+    for (int c = int(threadIdx.x); c < tile.columns; c += kThreads) f.template operator()<1>(c);
+  else
+    for_each_column(q, tile, f);
+}
+
+template <class S>
+__device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_t piece, bool again,
+                                         MetricColumns<Arithmetic<S>>& columns) {
+  using T = Arithmetic<S>;
+  const SliceTile tile = tensor.columns.tile(piece);
+  if (tile.begin >= tile.numel) return;  // beyond the short last row
+  const MetricOf of(tensor);
+  if (of.is_neutral()) return;
+  const auto* radii = reinterpret_cast<const SliceRadius*>(tensor.factors);
+  const SliceWeight<T> weight_of(of.metric, of.bound);
+  S* q = in_global_memory<S>(tensor.data);
+  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment));
+  for_each_column(q, v, tile, [&]<int N>(int c) {
+    MetricSums<T> sums[N];
+    T radius[N];
+    bool open = !again;
+    SliceOfColumn at(tile, tensor.columns.layout.count, c);
+#pragma unroll
+    for (int j = 0; j < N; ++j, at.next()) {
+      radius[j] = again ? T(radii[at.slice].radius) : T(-1);
+      if (again) open |= radii[at.slice].open;
+    }
+    if (open)
+      for_each_row<S, N>(q, v, tile, c, [&](const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*, int64_t) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const T weight = weight_of(widen(of_v.at[j]));
+          if (again)
+            sums[j].add(widen(of_q.at[j]), weight, radius[j]);
+          else
+            sums[j].add_at_beginning(widen(of_q.at[j]), weight);
+        }
+      });
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      columns.squares[c + j] = sums[j].squares;
+      columns.second[c + j] = sums[j].second;
+      columns.largest[c + j] = sums[j].largest;
+    }
+  });
+  __syncthreads();
+  double* partials = tensor.partials + tensor.columns.first_partial(piece, tile);
+  const int64_t plane = tensor.columns.partials();
+  const int runs = tile.runs();
+  for (int run = int(threadIdx.x); run < runs; run += kThreads) {
+    const int end = tile.begin_of(run + 1);
+    SliceSums sums;
+    for (int c = tile.begin_of(run); c < end; ++c) {
+      sums.squares += columns.squares[c];
+      sums.second += columns.second[c];
+      sums.largest = columns.largest[c] > sums.largest ? columns.largest[c] : sums.largest;
+    }
+    partials[run] = sums.squares;
+    partials[run + plane] = sums.second;
+    partials[run + 2 * plane] = sums.largest;
+  }
+  __syncthreads();  // the columns are free again
+}
+
+template <class S>
+__device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int64_t piece) {
+  using T = Arithmetic<S>;
+  const SliceTile tile = tensor.columns.tile(piece);
+  if (tile.begin >= tile.numel) return;  // beyond the short last row
+  const MetricOf of(tensor);
+  if (of.is_neutral()) return;
+  const auto* radii = reinterpret_cast<const SliceRadius*>(tensor.factors);
+  const SliceWeight<T> weight_of(of.metric, of.bound);
+  S* q = in_global_memory<S>(tensor.data);
+  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment));
+  for_each_column(q, v, tile, [&]<int N>(int c) {
+    T radius[N];
+    SliceOfColumn at(tile, tensor.columns.layout.count, c);
+#pragma unroll
+    for (int j = 0; j < N; ++j, at.next()) radius[j] = T(radii[at.slice].radius);
+    for_each_row<S, N>(q, v, tile, c, [&](Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to, int64_t left) {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (!(radius[j] > largest_number<T>()))
+          narrow(slice_shrunk<T>(widen(of_q.at[j]), weight_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
+      store_some(of_q, to, left);
+    });
+  });
+}
+
 // --- The three passes -----------------------------------------------------------------------------
 
 template <bool kDoubles>
 __device__ __forceinline__ void slice_measure(const SliceTensors& tensors) {
-  struct Shared {
+  union Shared {
     double columns[kMostSliceColumns];
+    MetricColumns<float> metric;
+    MetricColumns<double> metric_of_doubles;
   };
   REGFUSED_SHARED(Shared, shared);
   if (tensors.is_skipped()) return;
+  const bool again = tensors.job.again;
   for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
-    if (!tensor.data) continue;
+    if (!tensor.data || (again && !tensor.second_moment)) continue;
     by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
-      if (tensor.by_segments)
+      if (tensor.second_moment) {
+        if (tensor.by_segments)
+          sum_segment<S>(tensor, i - tensor.first_piece, again);
+        else if constexpr (sizeof(S) == 8)
+          sum_tile<S>(tensor, i - tensor.first_piece, again, shared.metric_of_doubles);
+        else
+          sum_tile<S>(tensor, i - tensor.first_piece, again, shared.metric);
+      } else if (tensor.by_segments)
         measure_segment<S>(tensor, i - tensor.first_piece);
       else
         measure_tile<S>(tensor, i - tensor.first_piece, shared.columns);
@@ -232,20 +523,50 @@ __device__ __forceinline__ void slice_measure(const SliceTensors& tensors) {
   }
 }
 
+// The sum, or the maximum, of the terms of a slice in a plane of partial sums; thread 0's where there are many.
+template <class Pieces, class Combine>
+__device__ __forceinline__ double combine_terms(const Pieces& pieces, const double* partials, int64_t slice, bool many,
+                                                double (&of_warps)[kWarps], const Combine& combine) {
+  double all = 0;
+  if (slice < pieces.layout.count)
+    for (int64_t t = many ? threadIdx.x : 0; t < pieces.terms(); t += many ? kThreads : 1)
+      all = combine(all, pieces.term(partials, slice, t));
+  if (many) {
+    all = block_combine(all, of_warps, combine);
+    __syncthreads();  // of_warps is free again
+  }
+  return all;
+}
+
+template <class Pieces>
+__device__ __forceinline__ void judge_radii(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t judge,
+                                            bool again, double (&of_warps)[kWarps]) {
+  const MetricOf of(tensor);
+  if (of.is_neutral()) return;
+  const bool many = pieces.terms() >= kManyTerms;
+  const int64_t slice = many ? judge : judge * kThreads + threadIdx.x, plane = pieces.partials();
+  const auto add = [](double a, double b) { return a + b; };
+  const auto larger = [](double a, double b) { return b > a ? b : a; };
+  SliceSums sums;
+  sums.squares = combine_terms(pieces, tensor.partials, slice, many, of_warps, add);
+  sums.second = combine_terms(pieces, tensor.partials + plane, slice, many, of_warps, add);
+  // A run that lies in two tiles has the sum of two maxima here: a beginning that is farther off, and no other end.
+  sums.largest = combine_terms(pieces, tensor.partials + 2 * plane, slice, many, of_warps, larger);
+  if (slice >= pieces.layout.count || (many && threadIdx.x != 0)) return;
+  auto* radii = reinterpret_cast<SliceRadius*>(tensor.factors);
+  SliceRadius radius;
+  if (again) radius = radii[slice];
+  const double tolerance = tensor.dtype == DType::float64 ? radius_tolerance<double>() : radius_tolerance<float>();
+  if (radius.open) radii[slice] = next_radius(radius, sums, tolerance);
+}
+
 template <class Pieces>
 __device__ __forceinline__ void judge_slices(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t judge,
                                              double (&of_warps)[kWarps]) {
-  const int64_t terms = pieces.terms();
-  const bool many = terms >= kManyTerms;
+  const bool many = pieces.terms() >= kManyTerms;
   const int64_t slice = many ? judge : judge * kThreads + threadIdx.x;
-  double squares = 0;
-  if (slice < pieces.layout.count)
-    for (int64_t t = many ? threadIdx.x : 0; t < terms; t += many ? kThreads : 1)
-      squares += pieces.term(tensor.partials, slice, t);
-  if (many) {
-    squares = block_combine(squares, of_warps, [](double a, double b) { return a + b; });
-    __syncthreads();  // of_warps is free again
-  }
+  const double squares =
+      combine_terms(pieces, tensor.partials, slice, many, of_warps, [](double a, double b) { return a + b; });
   if (slice < pieces.layout.count && (!many || threadIdx.x == 0))
     tensor.factors[slice] =
         slice_factor(tensor.rule, tensor.bound.at(tensor.length.get()), norm_finish(NormType::two, squares));
@@ -260,10 +581,17 @@ __device__ __forceinline__ void slice_judge(const SliceTensors& tensors) {
   for (int64_t i = blockIdx.x; i < tensors.job.judges; i += gridDim.x) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_judge, i);
     if (!tensor.data) continue;
-    if (tensor.by_segments)
-      judge_slices(tensor, tensor.segments, i - tensor.first_judge, shared.of_warps);
-    else
-      judge_slices(tensor, tensor.columns, i - tensor.first_judge, shared.of_warps);
+    const int64_t judge = i - tensor.first_judge;
+    const bool again = tensors.job.again;
+    if (!tensor.second_moment) {
+      if (again) continue;
+      tensor.by_segments ? judge_slices(tensor, tensor.segments, judge, shared.of_warps)
+                         : judge_slices(tensor, tensor.columns, judge, shared.of_warps);
+    } else if (!tensor.by_segments) {
+      judge_radii(tensor, tensor.columns, judge, again, shared.of_warps);
+    } else if (tensor.segments.terms() > 1) {
+      judge_radii(tensor, tensor.segments, judge, again, shared.of_warps);
+    }
   }
 }
 
@@ -274,7 +602,10 @@ __device__ __forceinline__ void slice_scale(const SliceTensors& tensors) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
     if (!tensor.data) continue;
     by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
-      if (tensor.by_segments)
+      if (tensor.second_moment)
+        tensor.by_segments ? shrink_segment<S>(tensor, i - tensor.first_piece)
+                           : shrink_tile<S>(tensor, i - tensor.first_piece);
+      else if (tensor.by_segments)
         scale_segment<S>(tensor, i - tensor.first_piece);
       else
         scale_tile<S>(tensor, i - tensor.first_piece);

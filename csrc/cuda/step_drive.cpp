@@ -18,7 +18,7 @@ namespace regfused {
 namespace {
 
 static_assert(sizeof(Chunk) % 8 == 0 && sizeof(StepDeviceRow) % 8 == 0 && sizeof(StepDeviceGroup) % 8 == 0 &&
-              sizeof(StepGrad) == 8 && sizeof(unsigned) <= sizeof(double));
+              sizeof(StepGrad) == 8 && sizeof(SliceDeviceMetric) % 8 == 0 && sizeof(unsigned) <= sizeof(double));
 
 }  // namespace
 
@@ -54,7 +54,7 @@ void StepOnCuda::follow_stream() {
   if (now == last_stream_) return;
   last_stream_ = now;
   for (const at::Tensor* tensor : std::initializer_list<const at::Tensor*>{
-           &tables_, &partials_, &gathered_, &penalties_, &record_, &sent_inputs_, &slices_.memory()})
+           &tables_, &partials_, &gathered_, &penalties_, &record_, &sent_inputs_, &metrics_, &slices_.memory()})
     if (tensor->defined()) in_use_on_current_stream(*tensor);
 }
 
@@ -144,14 +144,16 @@ void StepOnCuda::upload_tables(const StepWork& work) {
   replace(penalties_, std::move(penalties));
   sliced_.clear();
   std::vector<SliceTensor> slices;
-  for (const int32_t r : rows_) {
-    const StepRow& row = work.rows[r];
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const StepRow& row = work.rows[rows_[r]];
     if (work.groups[row.group].group_l1 == 0 || row.numel == 0) continue;
     sliced_.push_back(r);
-    slices.push_back(slices_of(row, work.groups[row.group]));
+    slices.push_back(slices_of(row, work.groups[row.group], {}));
   }
   if (slices_.memory().defined() && was_captured_) retired_.push_back(slices_.memory());
-  slices_.plan(slices);
+  const bool metrics = info_of(work.rule).counts_steps;
+  slices_.plan(slices, metrics);
+  if (metrics && !sliced_.empty()) replace(metrics_, allocate(rows_.size() * sizeof(SliceDeviceMetric)));
   send(tables_, bytes.data(), bytes.size());
   is_uploaded_ = true;
 }
@@ -210,6 +212,7 @@ StepJob StepOnCuda::job(const StepWork& work, const StepScalars& scalars) const 
   job.partials = static_cast<double*>(partials_.data_ptr());
   job.penalties = static_cast<double*>(penalties_.data_ptr());
   job.record = static_cast<double*>(record_.data_ptr());
+  if (!sliced_.empty()) job.metrics = metrics();
   if (inputs_.size() * sizeof(uint64_t) > room_for_inputs_)
     job.inputs = static_cast<const unsigned char*>(sent_inputs_.data_ptr());
   job.grad_scale = number(work.grad_scale, scalars.grad_scale);
@@ -259,11 +262,18 @@ void StepOnCuda::step(const StepWork& work, const StepScalars& scalars) {
   shrink(work);
 }
 
+SliceDeviceMetric* StepOnCuda::metrics() const {
+  return metrics_.defined() ? static_cast<SliceDeviceMetric*>(metrics_.data_ptr()) : nullptr;
+}
+
 // The group lasso, unless the device has skipped the step.
 void StepOnCuda::shrink(const StepWork& work) {
   for (size_t i = 0; i < sliced_.size(); ++i) {
-    const StepRow& row = work.rows[sliced_[i]];
-    slices_.set(i, row.grad ? row.param : nullptr, work.groups[row.group].group_bound(), lr_[row.group]);
+    const StepRow& row = work.rows[rows_[sliced_[i]]];
+    const StepHyper& hyper = work.groups[row.group];
+    slices_.set(i, row.grad ? row.param : nullptr, hyper.group_bound(), lr_[row.group]);
+    const StepLength length = info_of(work.rule).length(hyper, StepTime(), row.slot_set);
+    if (length.slot >= 0) slices_.set_metric(i, row.slots[length.slot], metrics() + sliced_[i]);
   }
   slices_.shrink(static_cast<const double*>(record_.data_ptr()) + kStepSkipped);
 }

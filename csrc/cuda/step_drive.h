@@ -57,7 +57,7 @@ class StepOnCuda : public StepAsyncDevice {
   std::vector<StepDeviceRow> table_;  // as uploaded
   std::vector<uint64_t> inputs_;      // groups and gradients of this step
   std::vector<DeviceNumber> lr_;      // of each group
-  std::vector<int32_t> sliced_;       // rows that have a group lasso
+  std::vector<size_t> sliced_;        // of those, which have a group lasso
   std::vector<double> measured_;      // partials, where the host judges
   int32_t span_ = 1, span_count_ = 0;
   bool doubles_ = false;
@@ -66,6 +66,7 @@ class StepOnCuda : public StepAsyncDevice {
   // On the device.
   at::Tensor tables_;     // chunks, then rows
   at::Tensor partials_;   // a double for each span
+  at::Tensor metrics_;    // a SliceDeviceMetric for each row, where a row has a group lasso
   at::Tensor gathered_;   // partials of all devices, where there are several
   at::Tensor penalties_;  // a double for each span
   at::Tensor record_;

@@ -7,6 +7,7 @@
 #include "../step.h"
 #include "limits.h"
 #include "number.h"
+#include "slice_job.h"
 
 namespace regfused {
 
@@ -73,6 +74,7 @@ struct StepJob {
   const double* gathered = nullptr;  // partials of all devices; null: the step needs no norm, or the host has judged it
   double* penalties = nullptr;       // one for each span
   double* record = nullptr;          // kDeviceRecordSize
+  SliceDeviceMetric* metrics = nullptr;  // one for each row: what the group lasso after the step is taken in
 
   // StepDeviceGroup[group_count], then a StepGrad for each row. Null: they stand behind the job, in the arguments.
   const unsigned char* inputs = nullptr;

@@ -243,8 +243,20 @@ __device__ __forceinline__ void unscale_share(const StepPlace& place, const Step
   });
 }
 
+// The metric of the step of a row, for its group lasso.
+template <class R>
+__device__ __forceinline__ void leave_metric(const StepJob& job, const StepInputs& inputs, int r, double t) {
+  const StepDeviceRow& row = job.rows[r];
+  const StepHyper hyper = inputs.groups[row.group].read();
+  if (hyper.group_l1 == 0) return;
+  const auto own = hyper.own<typename R::Hyper>();
+  const SliceMetric metric = hyper.metric(R::length(own, R::at(own, t), row.slot_set), nullptr);
+  job.metrics[r] = {metric.root, metric.floor, hyper.metric_threshold()};
+}
+
 // One more step for every row that had a gradient, by the block that is done last: until then others read the old
 // numbers.
+template <class R>
 __device__ __forceinline__ void count_steps(const StepJob& job, const StepInputs& inputs, bool& is_last) {
   __syncthreads();  // the whole block is done
   if (threadIdx.x == 0) {
@@ -259,10 +271,9 @@ __device__ __forceinline__ void count_steps(const StepJob& job, const StepInputs
   for (int r = int(threadIdx.x); r < job.row_count; r += kThreads) {
     if (inputs.grads[r].is_none()) continue;
     const StepDeviceRow& row = job.rows[r];
-    if (row.steps_dtype == DType::float64)
-      *in_global_memory<double>(row.steps) += 1;
-    else
-      *in_global_memory<float>(row.steps) += 1;
+    const double t = row.steps_dtype == DType::float64 ? (*in_global_memory<double>(row.steps) += 1)
+                                                       : (*in_global_memory<float>(row.steps) += 1);
+    if (job.metrics) leave_metric<R>(job, inputs, r, t);
   }
 }
 
@@ -315,7 +326,7 @@ __device__ __forceinline__ void step_update(const StepJob& job, const StepInputs
     if (threadIdx.x == 0) job.penalties[span] = penalty;
     __syncthreads();  // of_warps is free again
   }
-  if constexpr (R::kCountsSteps) count_steps(job, inputs, shared.is_last);
+  if constexpr (R::kCountsSteps) count_steps<R>(job, inputs, shared.is_last);
 }
 
 }  // namespace regfused

@@ -47,9 +47,9 @@ struct AdamRule {
   template <unsigned kSlots, class V>
   REGFUSED_RULE V move(V d, V* slots, V& length) const {
     const V inverse = inverse_root<kSlots>(d, slots);
-    length = decoupled_proximal ? splat<V>(lr) : lr * inverse;
     // With lr = 0 the parameter keeps its bits, whatever the gradient.
-    return size == 0 ? splat<V>(T(0)) : size * slots[0] * inverse;
+    length = decoupled_proximal || lr == 0 ? splat<V>(lr) : lr * inverse;
+    return size == 0 ? splat<V>(T(0)) : size * (slots[0] * inverse);
   }
 
   static constexpr int kVariants = 1;
@@ -59,7 +59,7 @@ struct AdamRule {
   template <unsigned kSlots, int kVariant, class V>
   REGFUSED_RULE V lean_move(V d, V* slots) const {
     const V inverse = inverse_root<kSlots>(d, slots);
-    return size * slots[0] * inverse;
+    return size * (slots[0] * inverse);
   }
 
  private:
@@ -98,10 +98,13 @@ struct Adam {
 
   static unsigned slots_of(const Hyper& h) { return h.amsgrad ? 0b111 : 0b011; }
   static double steady_gain(const Hyper&) { return 1; }
-  // The group lasso has no map in the metric of the step.
-  static constexpr const char* kDemand = "group_l1 demands decoupled_proximal=True";
-  static bool allows(const StepHyper& step, const Hyper& h) { return step.group_l1 == 0 || h.decoupled_proximal; }
+  static constexpr const char* kDemand = "";
+  static bool allows(const StepHyper&, const Hyper&) { return true; }
   REGFUSED_RULE static StepTime at(const Hyper& h, double t) { return {t, {pow(h.betas[0], t), pow(h.betas[1], t)}}; }
+  REGFUSED_RULE static StepLength length(const Hyper& h, const StepTime& time, unsigned slot_set) {
+    if (h.decoupled_proximal) return {};
+    return {(slot_set & 0b100) != 0 ? 2 : 1, 1 / sqrt(1 - time.powers[1]), h.eps};
+  }
 };
 
 }  // namespace REGFUSED_ISA

@@ -41,6 +41,7 @@ struct RuleInfo {
   double (*steady_gain)(const StepHyper&);
   bool (*allows)(const StepHyper&);
   StepTime (*at)(const StepHyper&, double t);
+  StepLength (*length)(const StepHyper&, const StepTime&, unsigned slot_set);
   // The rule's hyperparameters with their defaults.
   void (*set_defaults)(StepHyper&);
 };
@@ -60,6 +61,9 @@ constexpr RuleInfo info_of() {
           [](const StepHyper& step) { return R::steady_gain(step.own<Hyper>()); },
           [](const StepHyper& step) { return R::allows(step, step.own<Hyper>()); },
           [](const StepHyper& step, double t) { return R::at(step.own<Hyper>(), t); },
+          [](const StepHyper& step, const StepTime& time, unsigned slot_set) {
+            return R::length(step.own<Hyper>(), time, slot_set);
+          },
           [](StepHyper& step) { step.set_own(Hyper()); }};
 }
 

@@ -102,6 +102,7 @@ struct Sgd {
     return !step.has_map() || (h.momentum < 1 && h.dampening <= 1);
   }
   REGFUSED_RULE static StepTime at(const Hyper&, double t) { return {t, {}}; }
+  REGFUSED_RULE static StepLength length(const Hyper&, const StepTime&, unsigned) { return {}; }
 };
 
 }  // namespace REGFUSED_ISA

@@ -7,7 +7,7 @@
 //   p  = p*(1 - lr*weight_decay)                       decoupled weight decay only
 //   p  = p - m
 //   p  = sign(p)*max(|p| - k*e*l1, 0) / (1 + 2*k*e*l2) proximal only
-//   w  = w * max(1 - k*e'*group_l1/||w||, 0)           each slice w of p, once it is stored: see slice_rule.h
+//   w  = group_prox(w, e', k*group_l1)                 each slice w of p, once it is stored: see slice_rule.h
 //
 // An option that is off is a neutral number here, never a code path. LeanElement is the one exception: the same
 // step without signs and without a proximal map, for the steps that need neither.
@@ -25,6 +25,13 @@ namespace regfused {
 
 // Room for a rule's hyperparameters.
 constexpr size_t kRuleBytes = 32;
+
+// How the length of each element's step is made again after the step: e = lr / (sqrt(v)*root + eps).
+struct StepLength {
+  int slot = -1;  // v; -1: e = lr
+  double root = 0;
+  double eps = 0;
+};
 
 // One parameter group's hyperparameters, as the user wrote them. Doubles: products such as lr*l1 are formed in double
 // and rounded once, to the type of arithmetic.
@@ -64,6 +71,11 @@ struct StepHyper {
   // k*e'*group_l1 where e' is the length of every element's step, after the map of elements.
   REGFUSED_RULE SliceBound group_bound() const { return {steady_gain * group_l1, proximal ? 2 * steady_gain * l2 : 0}; }
   REGFUSED_RULE double group_threshold() const { return group_bound().at(lr); }
+  // The same where e differs: 1/e' = 1/e + growth, so D = (sqrt(v)*root + eps + lr*growth) / (lr*per_length).
+  REGFUSED_RULE double metric_threshold() const { return lr * group_bound().per_length; }
+  REGFUSED_RULE SliceMetric metric(const StepLength& length, const void* v) const {
+    return {v, length.root, length.eps + lr * group_bound().growth};
+  }
 };
 
 // In every group, under the names that Python has. `lr` may also be a tensor.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from regfused.options import strength, value_of
 from regfused.reference.optimizer import Regularized
 from regfused.reference.rule import Group, Move, Number, Rule, Slots, is_on
 
@@ -40,13 +40,6 @@ class AdamRule(Rule):
     def slots_of(self, group: Group) -> tuple[str, ...]:
         return self.slots if group["amsgrad"] else self.slots[:2]
 
-    def check(self, operation: str, group: Group) -> None:
-        if value_of(strength(group["group_l1"])) != 0 and not group["decoupled_proximal"]:
-            raise ValueError(
-                f"{operation}: group_l1 demands decoupled_proximal=True, for there is no map of groups in the "
-                f"metric of Adam's step, but got group_l1={group['group_l1']}"
-            )
-
     def check_construction(self, operation: str, group: Group) -> None:
         betas = group["betas"]
         of_tensors = [isinstance(beta, Tensor) for beta in betas]
@@ -69,9 +62,9 @@ class AdamRule(Rule):
                 "(Adam does not support sparse gradients, please consider SparseAdam instead)"
             )
         has_map = group["proximal"] and (is_on(group["l1"]) or is_on(group["l2"]))
-        if param.is_complex() and has_map and not group["decoupled_proximal"]:
+        if param.is_complex() and (has_map or is_on(group["group_l1"])) and not group["decoupled_proximal"]:
             raise RuntimeError(
-                f"{operation}: the proximal map in the metric of Adam's step demands real parameters, "
+                f"{operation}: a proximal map in the metric of Adam's step demands real parameters, "
                 f"but {place} is {param.dtype}"
             )
 
@@ -86,18 +79,26 @@ class AdamRule(Rule):
         exp_avg = beta1 * real(_there(slots, "exp_avg")) + (1 - beta1) * g
         exp_avg_sq = beta2 * real(_there(slots, "exp_avg_sq")) + (1 - beta2) * g * g
         kept = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        v = exp_avg_sq
         if group["amsgrad"]:
-            v = kept["max_exp_avg_sq"] = torch.maximum(real(_there(slots, "max_exp_avg_sq")), exp_avg_sq)
-        root = v.sqrt() / (1 - beta2**t) ** 0.5
+            kept["max_exp_avg_sq"] = torch.maximum(real(_there(slots, "max_exp_avg_sq")), exp_avg_sq)
         lr = _on(lr, d)
-        length = lr / (root + group["eps"])
+        length = self._length(kept, group, beta2, t, lr)
         move = length * (exp_avg / (1 - beta1**t))
         return Move(
             back(move) if is_on(lr) else None,
             lr if group["decoupled_proximal"] or is_complex else length,
             {name: back(slot.contiguous()) if is_complex else slot for name, slot in kept.items()},
         )
+
+    def length(self, slots: Mapping[str, Tensor], group: Group, t: Number | None, lr: Number) -> Number:
+        if group["decoupled_proximal"]:
+            return lr
+        d = slots["exp_avg"]
+        return self._length(slots, group, _on(group["betas"][1], d), _on(t, d), _on(lr, d))
+
+    def _length(self, slots: Mapping[str, Tensor], group: Group, beta2: Number, t: Number, lr: Number) -> Tensor:
+        v = slots["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return lr / (v.sqrt() / (1 - beta2**t) ** 0.5 + group["eps"])
 
 
 def _there(slots: Slots, name: str) -> Tensor:

@@ -75,6 +75,10 @@ class Rule:
         """
         raise NotImplementedError
 
+    def length(self, slots: Mapping[str, Tensor], group: Group, t: Number | None, lr: Number) -> Number:
+        """`Move.length`, made again from the slots as they are after the step."""
+        return lr
+
 
 def is_on(value: Any) -> bool:
     """Whether an option does anything; one that is off must not meet infinities, and a tensor may need its graph."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from regfused import options, step_count
 from regfused.reference import shared_memory
-from regfused.reference.rule import Rule, is_on
-from regfused.reference.slices import slice_norms
+from regfused.reference.rule import Move, Rule, is_on
+from regfused.reference.slices import shrink_slices
 from regfused.shards import Shards, are_alike, is_dtensor, like, over_all_ranks, part_of, shards_of
 from regfused.stats import Part, Record
 from regfused.tracing import values_are_known
@@ -277,24 +277,25 @@ class Update:
         if is_on(weight_decay) and not group["decoupled_weight_decay"]:
             d = d + weight_decay * old
 
-        move, length = self._moved(entry, d, lr)
+        moved, t = self._moved(entry, d, lr)
 
         new = old
         if is_on(weight_decay) and group["decoupled_weight_decay"]:
             new = new * (1 - lr * weight_decay)
-        if move is not None:
-            new = new - move
+        if moved.move is not None:
+            new = new - moved.move
         if group["proximal"] and (is_on(group["l1"]) or is_on(group["l2"])):
-            length = self._rule.steady_gain(group) * length
+            length = self._rule.steady_gain(group) * moved.length
             shrunk = torch.clamp(torch.abs(new) - length * group["l1"], min=0)
             new = torch.sgn(new) * shrunk / (1 + 2 * length * group["l2"])
         new = new.to(param.dtype)
         if is_on(group["group_l1"]) and is_on(lr):
-            # All elements have one length of step: lr.
-            length = self._rule.steady_gain(group) * lr
+            # In the metric of the step, made of the slots as they are stored.
+            slots = {name: _arithmetic(slot.to(param.dtype)) for name, slot in moved.slots.items()}
+            lengths = self._rule.steady_gain(group) * self._rule.length(slots, group, t, lr)
             if group["proximal"] and is_on(group["l2"]):
-                length = length / (1 + 2 * length * group["l2"])
-            new = _shrink_groups(new, length * group["group_l1"], group["group_dim"])
+                lengths = lengths / (1 + 2 * lengths * group["l2"])
+            new = shrink_slices(new, lengths * group["group_l1"], group["group_dim"])
 
         if param is entry.target:
             self._write(entry.target, new)
@@ -308,10 +309,10 @@ class Update:
 
     def _step_sparse(self, entry: Entry) -> None:
         """As torch's for-loop, for which the options were checked to be torch's."""
-        move, _ = self._moved(entry, entry.grad(), float(entry.group["lr"]))
-        if move is None:
+        moved, _ = self._moved(entry, entry.grad(), float(entry.group["lr"]))
+        if moved.move is None:
             return
-        step = (-move).to(entry.param.dtype)
+        step = (-moved.move).to(entry.param.dtype)
         if entry.value is not entry.param:
             entry.value.add_(step)
         elif step.layout == torch.strided:
@@ -319,8 +320,8 @@ class Update:
         else:
             self._write(entry.param, step.coalesce())
 
-    def _moved(self, entry: Entry, d: Tensor, lr: float | Tensor) -> tuple[Tensor | None, float | Tensor]:
-        """The rule's move and the length of its step; what it makes of the state is kept for later."""
+    def _moved(self, entry: Entry, d: Tensor, lr: float | Tensor) -> tuple[Move, float | Tensor | None]:
+        """What the rule makes of d, and t; its slots are kept for later."""
         param, group, rule = entry.param, entry.group, self._rule
         there = self._state.get(param, {})
         left = self._left.get(param, {})
@@ -341,7 +342,7 @@ class Update:
             self._keep_count(entry, there.get("step"), t)
         for name, slot in moved.slots.items():
             self._keep(entry, name, written[name], slot)
-        return moved.move, moved.length
+        return moved, t
 
     def _slot(self, entry: Entry, stored: Tensor | None) -> Tensor | None:
         """A slot as the rule reads it."""
@@ -443,17 +444,6 @@ def _write_in_torch(to: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(plain_to, plain_sources)
         # Under a TorchDispatchMode that call does not do it.
         torch.autograd.graph.increment_version([tensor for tensor in plain_to if not tensor.is_inference()])
-
-
-def _shrink_groups(param: Tensor, threshold: float | Tensor, dim: int) -> Tensor:
-    """w * max(1 - threshold/||w||, 0) for each slice w of a parameter as it is stored; a NaN norm stays NaN."""
-    if param.numel() == 0 or (not isinstance(threshold, Tensor) and threshold == 0):
-        return param
-    # A quotient of equal numbers is 1: where the norm is below the threshold the factor is exactly 0.
-    factors = 1 - threshold / torch.clamp(slice_norms(param, dim), min=threshold)
-    if isinstance(threshold, Tensor):
-        factors = torch.where(threshold > 0, factors, 1.0)
-    return (_arithmetic(param) * factors.to(_arithmetic(param).real.dtype)).to(param.dtype)
 
 
 def _detached(clip_coef: Tensor | float | None) -> Tensor | float:

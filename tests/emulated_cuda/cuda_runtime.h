@@ -25,6 +25,9 @@ using emulated::threadIdx;
 
 #define REGFUSED_SHARED(Type, name) Type& name = *static_cast<Type*>(::emulated::shared(sizeof(Type)))
 #define __syncthreads() ::emulated::sync_threads(__FILE__, __LINE__)
+// The value of one lane: as far down from here as that lane is, or up.
+#define __shfl_sync(mask, value, lane) \
+  ::emulated::shuffle_down(mask, value, unsigned(lane) - threadIdx.x % 32, __FILE__, __LINE__)
 #define __shfl_down_sync(mask, value, distance) ::emulated::shuffle_down(mask, value, distance, __FILE__, __LINE__)
 
 // Blocks run one after another.
