@@ -83,6 +83,24 @@ def test_nonfinite_propagates_as_in_torch(make):
 
 
 @EVERY_OPTIMIZER
+@pytest.mark.parametrize("proximal", (False, True))
+def test_with_lr_0_no_gradient_reaches_the_parameters(make, proximal, request):
+    if proximal and issubclass(make, Fused) and issubclass(make, torch.optim.Adam):
+        reason = "csrc/rule/adam_rule.h: the length of the step is lr / (sqrt(v) + eps), NaN with lr = 0"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    params = make_params([33, 5])
+    before = copy_params(params)
+    eps = {"eps": 0.0} if issubclass(make, torch.optim.Adam) else {}
+    optimizer = make(params, lr=0.0, **with_state(make), **eps, l1=0.1, l2=0.1, proximal=proximal, weight_decay=0.1)
+    for bad in (0.0, float("inf"), float("nan")):
+        give_grads(params)
+        params[0].grad[3] = bad
+        optimizer.step()
+    assert_params_equal(params, before)
+    assert all(torch.equal(p.signbit(), b.signbit()) for p, b in zip(params, before, strict=True))
+
+
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("fused", (None, True))
 @pytest.mark.parametrize("scale", (65536.0, 1000.0, 1.0))
 @pytest.mark.parametrize("unscale_first", (False, True))
