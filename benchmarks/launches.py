@@ -27,8 +27,8 @@ from benchmarks.step_jobs import (
     FUSED,
     JOBS,
     OURS,
-    TUTORIAL_LOOP,
     TIMED,
+    TUTORIAL_LOOP,
     Hyperparameters,
     Step,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODELS = "mlp_251,many_small_1000x1k,resnet50,gpt2_124m"
-# Between the cache of a core and the memory, where most models on a CPU are: elements in all, in one tensor or in eight.
+# Where most models on a CPU are, between the cache of a core and the memory: elements in all, in one tensor or eight.
 IN_CACHE = tuple(f"{size}_in_{tensors}" for size in ("64k", "256k", "1m", "4m") for tensors in (1, 8))
 SETS = {"in_cache": IN_CACHE}
 GRAD_NORM = 2.0

@@ -29,8 +29,9 @@ class Adam(Fused, reference.Adam):
 
     ``t`` counts the steps of each parameter, from its first gradient on; a skipped step does not count. With a proximal
     map in the metric of the step the steps come to rest at the minimum of
-    ``loss + l1*sum|p| + l2*sum(p^2) + group_l1*sum||w||``, with its exact zeros (Yun, Lozano, Yang, Adaptive proximal gradient methods for structured neural networks, 2021). The
-    threshold ``lr*l1`` would come to rest elsewhere: with fewer zeros where gradients are small.
+    ``loss + l1*sum|p| + l2*sum(p^2) + group_l1*sum||w||``, with its exact zeros (Yun, Lozano, Yang, Adaptive proximal
+    gradient methods for structured neural networks, 2021). The threshold ``lr*l1`` would come to rest elsewhere: with
+    fewer zeros where gradients are small.
 
     State is torch's: ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``, to and from ``torch.optim.Adam``.
     dtypes, devices, CUDA graphs, ``stats`` and what a step promises are those of `regfused.SGD`.

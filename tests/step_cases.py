@@ -393,15 +393,17 @@ class Oracle:
         return new_params, new_states, norm, c
 
 
-def check_against_oracle(make_optimizer, params, options, steps=3):
+def check_against_oracle(make_optimizer, params, options, steps=3, witness=None):
     """Step by step: each step is compared with the oracle started from the very tensors it started from.
+
+    ``witness`` is that of the rule, where ``make_optimizer`` is no class of torch's.
 
     So nothing accumulates, and the tolerance is that of one step: a handful of roundings of the type of arithmetic
     (float32 for half types) on terms no larger than `scale`, and one rounding to the type of storage.
     """
     optimizer = make_optimizer(params, **with_defaults(options))
     dtype = params[0].dtype
-    oracle = Oracle(with_defaults(options), dtype, move_of(make_optimizer))
+    oracle = Oracle(with_defaults(options), dtype, witness or move_of(make_optimizer))
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(dtype).eps / 2
     for step in range(steps):

@@ -82,7 +82,7 @@ def assert_mapped(params, without, lengths, dim, l2=0.0):
 
 # Every shape in one type; a few of each kind in the others.
 CASES = [(shape, torch.float32) for shape in SLICED_SHAPES]
-CASES += [(shape, dtype) for shape in ((5, 32), (65, 1025), (2, 4099), (1100, 2), (31, 5, 9)) for dtype in DTYPES[1:]]
+CASES += [(shape, dtype) for shape in ((5, 32), (16, 513), (2, 4099), (31, 5, 9)) for dtype in DTYPES[1:]]
 
 
 @KINDS
@@ -95,15 +95,21 @@ def test_any_shape_dim_and_memory_format(make, shape, dtype):
         assert_mapped(params, without, lengths, dim)
 
 
+OPTIONS = {
+    "amsgrad": {"amsgrad": True},
+    "sparse group lasso": {"l1": 0.3, "l2": 0.4, "proximal": True},
+    "clip": {"weight_decay": 0.1, "max_norm": 1.0, "decoupled_weight_decay": True},
+}
+
+
 @KINDS
-@pytest.mark.parametrize("options", ({"amsgrad": True}, {"l1": 0.3, "l2": 0.4, "proximal": True},
-                                     {"weight_decay": 0.1, "max_norm": 1.0, "decoupled_weight_decay": True}),
-                         ids=("amsgrad", "sparse group lasso", "clip"))  # fmt: skip
-def test_with_other_options(make, options):
-    params = [parameter(shape, order, torch.float32, i) for i, (shape, order) in enumerate(
-        (((40, 33), (0, 1)), ((5, 3000), (0, 1)), ((3000, 5), (0, 1)), ((2, 40_000), (0, 1)), ((700, 700), (1, 0))))]  # fmt: skip
-    without, lengths = stepped(make, params, group_dim=0, **options)
-    assert_mapped(params, without, lengths, 0, l2=options.get("l2", 0.0) if options.get("proximal") else 0.0)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_other_options(make, name):
+    options = OPTIONS[name]
+    shapes = (((40, 33), (0, 1)), ((5, 3000), (0, 1)), ((3000, 5), (0, 1)), ((2, 40_000), (0, 1)), ((300, 300), (1, 0)))
+    params = [parameter(shape, order, torch.float32, i) for i, (shape, order) in enumerate(shapes)]
+    without, lengths = stepped(make, params, **options)
+    assert_mapped(params, without, lengths, 0, l2=options.get("l2", 0.0))
     zeros = sum(int((p.flatten(1) == 0).all(1).sum()) for p in params)
     assert 0 < zeros < sum(p.shape[0] for p in params)
 
@@ -129,7 +135,10 @@ def test_what_cannot_be_measured(make, shape):
             p[1, 2] = odd
         make([p], lr=1e-3, group_l1=1e-4).step()
         assert p[0].isfinite().all() and p[2:].isfinite().all()
-        assert p[1].isnan().all() if math.isnan(odd) else p[1, 2] == math.inf and p[1].isfinite().sum() == shape[1] - 1
+        if math.isnan(odd):
+            assert p[1].isnan().all()
+        else:
+            assert p[1, 2] == math.inf and p[1].isfinite().sum() == shape[1] - 1
 
     # The square of such a gradient is infinite: its element does not move, as in torch, and the others do.
     p = parameter(shape, (0, 1), torch.float32, 0)

@@ -1,46 +1,85 @@
-"""The dispatcher's door: torch.ops.regfused.sgd_."""
+"""The dispatcher's door: torch.ops.regfused.sgd_ and adam_."""
 
 import copy
+import math
 
 import pytest
 import torch
-from step_cases import DEFAULTS, OPTIONS, check_against_oracle, make_params
+from step_cases import (
+    ADAM_OPTIONS,
+    ON_CUDA_KERNELS,
+    OPTIONS,
+    AdamMove,
+    SgdMove,
+    check_against_oracle,
+    make_params,
+    with_state,
+)
 
 import regfused
+from regfused import reference
 
-sgd_ = torch.ops.regfused.sgd_
+RULES = {"SGD": (reference.SGD._rule, SgdMove), "Adam": (reference.Adam._rule, AdamMove)}
+CASES = [(name, case) for name, (_, witness) in RULES.items() for case in witness.options]
+EVERY_RULE = pytest.mark.parametrize("name", RULES)
+
+
+def operator_of(name):
+    return getattr(torch.ops.regfused, RULES[name][0].name + "_")
 
 
 class ByOperator:
     """The operator behind the face of an optimizer, as far as the oracle looks at it."""
 
-    def __init__(self, params, **options):
+    def __init__(self, name, params, **options):
+        self.operator, (self.rule, witness) = operator_of(name), RULES[name]
         self.params, self.options, self.state = params, options, {}
+        self.slots = self.rule.slots_of({**witness.defaults, **options})
         self.stats = None
 
     @torch.no_grad()
     def step(self):
         live = [p for p in self.params if p.grad is not None]
-        buffers, first = [], []
-        if self.options.get("momentum"):
-            first = [p not in self.state for p in live]
-            for p in live:
-                self.state.setdefault(p, {"momentum_buffer": torch.empty_like(p)})
-            buffers = [self.state[p]["momentum_buffer"] for p in live]
-        sgd_(live, [p.grad for p in live], buffers, first, **self.options)
+        arguments = {"params": live, "grads": [p.grad for p in live]}
+        first = [p not in self.state for p in live]
+        # What a rule starts from its first gradient, it must not look at before.
+        start = math.nan if self.rule.start_from_gradient else 0.0
+        for p in live:
+            if p not in self.state:
+                self.state[p] = {"step": torch.tensor(0.0)} if self.rule.counts_steps else {}
+                self.state[p] |= {slot: torch.full_like(p, start) for slot in self.slots}
+        for slot in self.rule.slots:
+            arguments[slot + "s"] = [self.state[p][slot] for p in live] if slot in self.slots else []
+        if self.rule.counts_steps:
+            arguments["state_steps"] = [self.state[p]["step"] for p in live]
+        else:
+            arguments["first"] = first if self.slots else []
+        self.operator(**arguments, **self.options)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_against_float64(name, isa):
-    options = {k: v for k, v in OPTIONS[name].items() if k in DEFAULTS}
-    check_against_oracle(ByOperator, make_params([33, 4099]), options)
+@pytest.mark.parametrize("name, case", CASES)
+def test_against_float64(name, case, isa):
+    _, witness = RULES[name]
+    check_against_oracle(
+        lambda params, **options: ByOperator(name, params, **options),
+        make_params([33, 4099]),
+        witness.options[case],
+        witness=witness,
+    )
 
 
-def test_bits_of_the_operator_and_of_the_optimizer():
-    options = {"lr": 0.1, **OPTIONS["elastic net in the clip"]}
+@pytest.mark.parametrize("make", (regfused.SGD, regfused.Adam, regfused.AdamW))
+def test_bits_of_the_operator_and_of_the_optimizer(make):
+    options = (
+        {"lr": 0.1, **OPTIONS["elastic net in the clip"]}
+        if make is regfused.SGD
+        else {"lr": 0.1, **ADAM_OPTIONS["elastic net in the clip"], **with_state(make)}
+    )
     params = make_params([33, 4099, 70_000])
     twins = copy.deepcopy(params)
-    ours, by_operator = regfused.SGD(params, **options), ByOperator(twins, **options)
+    ours = make(params, **options)
+    decoupled = {"decoupled_weight_decay": True} if make is regfused.AdamW else {}
+    by_operator = ByOperator("SGD" if make is regfused.SGD else "Adam", twins, **options, **decoupled)
     for _ in range(3):
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
@@ -49,81 +88,147 @@ def test_bits_of_the_operator_and_of_the_optimizer():
         by_operator.step()
     for p, q in zip(params, twins, strict=True):
         assert torch.equal(p, q)
+        assert ours.state[p].keys() == by_operator.state[q].keys()
+        for slot, tensor in ours.state[p].items():
+            assert torch.equal(tensor, by_operator.state[q][slot])
 
 
-def _sample():
-    return (
-        [torch.randn(3, 4), torch.randn(5)],
-        [torch.randn(3, 4), torch.randn(5)],
-        [torch.zeros(3, 4), torch.zeros(5)],
-    )
+def _sample(name):
+    """Arguments by name, with tensors in every slot, and the options that ask for those."""
+    rule, _ = RULES[name]
+
+    def tensors(make):
+        return [make(3, 4), make(5)]
+
+    arguments = {"params": tensors(torch.randn), "grads": tensors(torch.randn)}
+    arguments |= {slot + "s": tensors(torch.zeros) for slot in rule.slots}
+    if rule.counts_steps:
+        arguments["state_steps"] = [torch.tensor(0.0), torch.tensor(2.0)]
+    else:
+        arguments["first"] = [True, False]
+    return arguments, {"lr": 0.1, **with_state(getattr(regfused, name))}
 
 
-def test_opcheck():
-    params, grads, buffers = _sample()
+def _mutated(arguments):
+    return [t for name, tensors in arguments.items() if name not in ("grads", "first") for t in tensors]
+
+
+@EVERY_RULE
+def test_opcheck(name):
+    arguments, options = _sample(name)
+    torch.library.opcheck(operator_of(name).default, tuple(arguments.values()), {**options, "max_norm": 1.0})
+    with_less = {"momentum_buffers": [], "first": []} if name == "SGD" else {"max_exp_avg_sqs": []}
     torch.library.opcheck(
-        sgd_.default, (params, grads, buffers, [True, False]), dict(lr=0.1, momentum=0.9, max_norm=1.0)
+        operator_of(name).default, tuple((arguments | with_less).values()), dict(lr=0.1, l1=0.1, proximal=True)
     )
-    torch.library.opcheck(sgd_.default, (params, grads, [], []), dict(lr=0.1, l1=0.1, proximal=True))
 
 
-def test_compiled_in_one_graph():
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(p, g, b):
-        sgd_([p], [g * 2], [b], [False], lr=0.1, momentum=0.9, l2=0.5)
-        return p + 1
+@EVERY_RULE
+def test_compiled_in_one_graph(name):
+    operator = operator_of(name)
+    arguments, options = _sample(name)
 
-    p, g, b = (torch.randn(4) for _ in range(3))
-    d = 2 * g + p
-    want = p - 0.1 * (0.9 * b + d)
-    torch.testing.assert_close(step(p, g, b), want + 1)
-    torch.testing.assert_close(p, want)
+    def step(arguments):
+        operator(**{**arguments, "grads": [g * 2 for g in arguments["grads"]]}, **options, l2=0.5)
+        return [p + 1 for p in arguments["params"]]
+
+    twins = copy.deepcopy(arguments)
+    got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(arguments), step(twins)
+    for t, u in zip((*got, *_mutated(arguments)), (*want, *_mutated(twins)), strict=True):
+        assert torch.equal(t, u)
 
 
-def test_version_counters_and_fake_tensors():
-    params, grads, buffers = _sample()
-    versions = [t._version for t in params + buffers]
-    sgd_(params, grads, buffers, [True, True], lr=0.1, momentum=0.9)
-    assert all(t._version > v for t, v in zip(params + buffers, versions, strict=True))
+@EVERY_RULE
+def test_version_counters_and_fake_tensors(name):
+    arguments, options = _sample(name)
+    versions = [t._version for t in _mutated(arguments)]
+    operator_of(name)(**arguments, **options)
+    assert all(t._version > v for t, v in zip(_mutated(arguments), versions, strict=True))
     with torch._subclasses.FakeTensorMode() as mode:
-        fakes = [[mode.from_tensor(t) for t in tensors] for tensors in (params, grads, buffers)]
-        assert sgd_(*fakes, [True, True], lr=0.1, momentum=0.9) is None
+        fakes = {
+            key: [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in values]
+            for key, values in arguments.items()
+        }
+        assert operator_of(name)(**fakes, **options) is None
+
+
+@EVERY_RULE
+def test_a_skipped_step_leaves_no_trace(name):
+    arguments, options = _sample(name)
+    arguments["grads"][1][3] = math.inf
+    before = copy.deepcopy(_mutated(arguments))
+    operator_of(name)(**arguments, **options, nonfinite="skip")
+    assert all(map(torch.equal, _mutated(arguments), before))
+
+
+def _every_second(tensors):
+    return [tensors[0], tensors[1][::2]]
+
+
+# Of every rule: {slot} is its first one. The change gets the arguments and the name of that one.
+ERRORS = [
+    (
+        lambda a, slot: {"grads": a["grads"][:1]},
+        "one gradient for each parameter, but got 2 parameters and 1 gradients",
+    ),
+    (lambda a, slot: {slot: []}, "there must be 2 {slot}.*got 0"),
+    (lambda a, slot: {"grads": [a["grads"][0], torch.randn(6)]}, r"grads\[1\] must have the shape.*\[5\].*\[6\]"),
+    (lambda a, slot: {"grads": [a["grads"][0], a["grads"][1].double()]}, r"grads\[1\] must have .*Double"),
+    (lambda a, slot: {slot: [a[slot][0], a[slot][1].half()]}, r"{slot}\[1\] must have .*Half"),
+    (lambda a, slot: {slot: [a[slot][0].t().contiguous().t(), a[slot][1]]}, r"{slot}\[0\] must have the strides"),
+    (lambda a, slot: {slot: [a[slot][0], a["params"][1]]}, "must share no memory"),
+    (
+        lambda a, slot: {key: _every_second(a[key]) for key in a if key not in ("first", "state_steps")},
+        r"params\[1\] is not dense",
+    ),
+    (lambda a, slot: {"lr": -1.0}, "lr must be finite and >= 0, but got -1"),
+    (lambda a, slot: {"l1": math.nan}, "l1 must be finite and >= 0, but got nan"),
+    (lambda a, slot: {"max_norm": -1.0}, "max_norm must be None or >= 0"),
+    (lambda a, slot: {"norm_type": 3.0}, "norm_type must be 1, 2 or inf, but got 3"),
+    (lambda a, slot: {"nonfinite": "x"}, "nonfinite must be .*'x'"),
+]
+ERRORS_OF = {
+    "SGD": [
+        (lambda a, slot: {"first": [True]}, "there must be 2 values of first.*got 1"),
+        (lambda a, slot: {"momentum": 0.0}, "there must be 0 momentum_buffers.*got 2"),
+        (lambda a, slot: {"momentum": -0.5}, "momentum must be finite and >= 0, but got -0.5"),
+    ],
+    "Adam": [
+        (lambda a, slot: {"max_exp_avg_sqs": []}, "there must be 2 max_exp_avg_sqs.*got 0"),
+        (lambda a, slot: {"amsgrad": False}, "there must be 0 max_exp_avg_sqs.*got 2"),
+        (lambda a, slot: {"exp_avg_sqs": a["exp_avgs"]}, "must share no memory"),
+        (lambda a, slot: {"state_steps": a["state_steps"][:1]}, "there must be 2 state_steps.*got 1"),
+        (lambda a, slot: {"state_steps": [a["state_steps"][0]] * 2}, "must share no memory"),
+        (lambda a, slot: {"state_steps": [torch.ones(()), torch.ones(2)]}, r"state_steps\[1\] must be one .*\[2\]"),
+        (lambda a, slot: {"state_steps": [torch.tensor(1), torch.ones(())]}, r"state_steps\[0\] must be one .*Long"),
+        (lambda a, slot: {"betas": [0.9]}, "betas must be two numbers, but got 1"),
+        (lambda a, slot: {"betas": [0.9, 1.0]}, r"betas must be in \[0, 1\), but got 0.9 1"),
+        (lambda a, slot: {"betas": [math.nan, 0.9]}, r"betas must be in \[0, 1\), but got"),
+        (lambda a, slot: {"eps": -1e-8}, "eps must be finite and >= 0, but got -1e-08"),
+        (lambda a, slot: {"group_l1": 0.1}, "group_l1 demands decoupled_proximal=True"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda p, g, b: (p, g[:1], b, [True, True], {}),
-            "one gradient for each parameter, but got 2 parameters and 1 gradients",
-        ),
-        (lambda p, g, b: (p, g, [], [], {}), "there must be 2 momentum_buffers.*got 0"),
-        (
-            lambda p, g, b: (p, [g[0], torch.randn(6)], b, [True, True], {}),
-            r"grads\[1\] must have the shape.*\[5\].*\[6\]",
-        ),
-        (lambda p, g, b: (p, [g[0], g[1].double()], b, [True, True], {}), r"grads\[1\] must have .*Double"),
-        (
-            lambda p, g, b: (p, g, [b[0].t().contiguous().t(), b[1]], [True, True], {}),
-            r"momentum_buffers\[0\] must have the strides",
-        ),
-        (lambda p, g, b: (p, g, [b[0], p[1]], [True, True], {}), "must share no memory"),
-        (
-            lambda p, g, b: ([p[0], p[1][::2]], [g[0], g[1][::2]], [b[0], b[1][::2]], [True, True], {}),
-            r"params\[1\] is not dense",
-        ),
-        (lambda p, g, b: (p, g, b, [True, True], {"lr": -1.0}), "lr must be finite and >= 0, but got -1"),
-        (lambda p, g, b: (p, g, b, [True, True], {"l1": float("nan")}), "l1 must be finite and >= 0, but got nan"),
-        (lambda p, g, b: (p, g, b, [True, True], {"max_norm": -1.0}), "max_norm must be None or >= 0"),
-        (lambda p, g, b: (p, g, b, [True, True], {"norm_type": 3.0}), "norm_type must be 1, 2 or inf, but got 3"),
-        (lambda p, g, b: (p, g, b, [True, True], {"nonfinite": "x"}), "nonfinite must be .*'x'"),
-    ],
+    "name, change, message", [(name, *case) for name in RULES for case in (*ERRORS, *ERRORS_OF[name])]
 )
-def test_errors(change, message):
-    params, grads, buffers = _sample()
-    before = copy.deepcopy((params, buffers))
-    p, g, b, first, options = change(params, grads, buffers)
-    with pytest.raises(ValueError, match=message):
-        sgd_(p, g, b, first, **{"lr": 0.1, "momentum": 0.9, **options})
-    for now, then in zip((params, buffers), before, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(now, then, strict=True))
+def test_errors(name, change, message):
+    arguments, options = _sample(name)
+    before = copy.deepcopy(_mutated(arguments))
+    slot = RULES[name][0].slots[0] + "s"
+    changed = {**arguments, **options, **change(arguments, slot)}
+    with pytest.raises(ValueError, match=message.replace("{slot}", slot)):
+        operator_of(name)(**changed)
+    assert all(map(torch.equal, _mutated(arguments), before))
+
+
+@pytest.mark.skipif(ON_CUDA_KERNELS, reason="the host does not look at the counts of a device")
+@pytest.mark.parametrize("count", (-1.0, 0.5, math.inf, math.nan))
+def test_a_count_that_is_none(count):
+    arguments, options = _sample("Adam")
+    arguments["state_steps"][1].fill_(count)
+    before = copy.deepcopy(_mutated(arguments)[:-1])  # without the count, which may be NaN
+    with pytest.raises(ValueError, match=rf"state_steps\[1\] must be a whole number >= 0, but is {count:g}"):
+        operator_of("Adam")(**arguments, **options)
+    assert all(map(torch.equal, _mutated(arguments), before))

@@ -188,7 +188,7 @@ def test_one_optimizer_in_two_threads(threads):
     def work():
         together.wait()
         for i in itertools.count():  # on a busy machine it can take many steps until two of them meet
-            if i >= 20 and refused or time.monotonic() > deadline:
+            if (i >= 20 and refused) or time.monotonic() > deadline:
                 return
             try:
                 optimizer.step()

@@ -284,7 +284,8 @@ class Update:
             new = new * (1 - lr * weight_decay)
         if moved.move is not None:
             new = new - moved.move
-        if group["proximal"] and (is_on(group["l1"]) or is_on(group["l2"])):
+        # With lr = 0 the parameter keeps its bits: the sign of a zero, and all of them where a length is 0/0 or NaN.
+        if group["proximal"] and (is_on(group["l1"]) or is_on(group["l2"])) and is_on(lr):
             length = self._rule.steady_gain(group) * moved.length
             shrunk = torch.clamp(torch.abs(new) - length * group["l1"], min=0)
             new = torch.sgn(new) * shrunk / (1 + 2 * length * group["l2"])
