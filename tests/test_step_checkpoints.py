@@ -281,7 +281,7 @@ def _without_the_slot(old, p, slot):
 
 
 def _step_is(value):
-    return lambda old, p, slot: {**old, "step": torch.tensor(float(value))}
+    return lambda old, p, slot: {**old, "step": torch.tensor(value, dtype=torch.float64)}
 
 
 def _amsgrad_off(old, p, slot):
