@@ -61,9 +61,9 @@ LRS = {
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 def test_schedules_of_any_length_end(make, schedule, lr):
     below = 0
-    # The lengths are dealt out to the rules. How they round depends on what divides them.
+    # The lengths are dealt out to the optimizers. How they round depends on what divides them.
     lengths = random.Random(0).sample(range(1, 59), 58)
-    for n in lengths[("SGD", "Adam", "AdamW").index(make.__name__) :: 3]:
+    for n in lengths[list(OPTIMIZERS.values()).index(make) :: len(OPTIMIZERS)]:
         params = make_params([3, 9])
         give_grads(params)
         optimizer = make(
@@ -87,7 +87,7 @@ def test_schedules_of_any_length_end(make, schedule, lr):
         assert float(optimizer.param_groups[0]["lr"]) == last
         optimizer.step()
     if schedule == "LinearLR" and lr != "bfloat16 tensor":
-        assert below > 3, "no schedule ended below zero"
+        assert below > 0, "no schedule ended below zero"
 
 
 BY_ROUNDING = {
