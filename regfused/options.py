@@ -242,7 +242,7 @@ def check_group_dim(operation: str, group: Mapping[str, Any]) -> None:
     dim = group["group_dim"]
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise ValueError(f"{operation}: group_dim must be an int, but got {dim!r} ({type(dim).__name__})")
-    if float(strength(group["group_l1"])) == 0:
+    if value_of(strength(group["group_l1"])) == 0:
         return
     params = group.get("params", ())
     for i, param in enumerate([params] if isinstance(params, torch.Tensor) else params):

@@ -41,6 +41,9 @@ def check(place: str, step: Any, *, wait: bool) -> None:
             return
     elif isinstance(step, bool) or not isinstance(step, int | float):
         raise ValueError(f"{place} must be a tensor or a number, but is a {type(step).__name__}")
-    value = float(step)
+    try:
+        value = float(step.detach() if isinstance(step, Tensor) else step)
+    except OverflowError:  # an int beyond float64
+        value = math.inf
     if not (math.isfinite(value) and value >= 0 and value == math.floor(value)):
         raise ValueError(f"{place} must be a whole number >= 0, but is {value}")

@@ -120,7 +120,6 @@ ADAM_INPUTS = {
 
 ADAM_ERRORS = [
     ({"l1": -1.0}, ValueError, "l1 must be finite and >= 0, but got -1.0"),
-    ({"group_l1": 0.1}, ValueError, "group_l1 demands decoupled_proximal=True"),
     ({"max_norm": -1.0}, ValueError, "max_norm must be None or >= 0, but got -1.0"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*, but got 'ignore'"),
     ({"decoupled_proximal": None}, ValueError, "decoupled_proximal must be True or False, but got None"),

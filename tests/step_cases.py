@@ -11,6 +11,7 @@ import torch
 
 import regfused
 from regfused import reference
+from regfused.optimizer import Fused
 
 # Where tensors are made: the CPU, but for a run of the same tests on a GPU.
 DEVICE = torch.get_default_device().type
@@ -27,12 +28,16 @@ UNDER_ADDRESS_SANITIZER = hasattr(ctypes.CDLL(None), "__asan_init")
 
 BOTH = pytest.mark.parametrize("make", (regfused.SGD, reference.SGD), ids=("kernels", "reference"))
 
-# The same for every optimizer.
-EVERY_OPTIMIZER = pytest.mark.parametrize(
-    "make",
-    [getattr(module, name) for module in (regfused, reference) for name in ("SGD", "Adam", "AdamW")],
-    ids=[f"{which}-{name}" for which in ("kernels", "reference") for name in ("SGD", "Adam", "AdamW")],
-)
+# Every optimizer, with kernels and without.
+OPTIMIZERS = {
+    f"{which}-{name}": getattr(module, name)
+    for which, module in (("kernels", regfused), ("reference", reference))
+    for name in ("SGD", "Adam", "AdamW")
+}
+EVERY_OPTIMIZER = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+# The three that have kernels.
+KERNELS = pytest.mark.parametrize("make", (regfused.SGD, regfused.Adam, regfused.AdamW), ids=lambda make: make.__name__)
 
 # Around the vector registers (4 to 16 floats), a row of 32 lanes and a chunk of 16384 elements.
 SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 4099, 16383, 16384, 16385)
@@ -161,6 +166,16 @@ ADAM_DEFAULTS = {
 }
 
 
+def has_kernels(make) -> bool:
+    """Whether the class is not the twin in torch operations."""
+    return issubclass(make, Fused)
+
+
+def is_adam(make) -> bool:
+    """Adam or AdamW."""
+    return issubclass(make, torch.optim.Adam)
+
+
 def torch_twin(make):
     """torch's optimizer of the same rule."""
     return getattr(torch.optim, make.__name__)
@@ -168,12 +183,12 @@ def torch_twin(make):
 
 def with_state(make) -> dict:
     """Options with which the optimizer keeps each of its slots: the most state that its rule can have."""
-    return {"amsgrad": True} if issubclass(make, torch.optim.Adam) else {"momentum": 0.9}
+    return {"amsgrad": True} if is_adam(make) else {"momentum": 0.9}
 
 
 def slots_of(make) -> tuple[str, ...]:
     """The names of those slots."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if issubclass(make, torch.optim.Adam) else ("momentum_buffer",)
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if is_adam(make) else ("momentum_buffer",)
 
 
 def with_defaults(options: dict) -> dict:
@@ -333,7 +348,7 @@ class AdamMove:
 
 def move_of(make_optimizer):
     """The witness of an optimizer's rule."""
-    return AdamMove if issubclass(make_optimizer, torch.optim.Adam) else SgdMove
+    return AdamMove if is_adam(make_optimizer) else SgdMove
 
 
 class Oracle:
@@ -347,8 +362,12 @@ class Oracle:
         self.rule = rule
         self.dtype = dtype
 
+    def times(self, name, x):
+        """A strength times this; one that is off does not meet infinities."""
+        return self.o[name] * x if self.o[name] != 0 else torch.zeros_like(x)
+
     def penalty_gradient(self, p):
-        return self.o["l1"] * torch.sign(p) + 2 * self.o["l2"] * p
+        return self.times("l1", torch.sign(p)) + 2 * self.times("l2", p)
 
     def step(self, params, grads, states):
         """New parameters and states from old ones (lists of float64; a state may be {}); also N and c."""
@@ -370,7 +389,7 @@ class Oracle:
             if not o["penalty_in_clip"] and not o["proximal"]:
                 d = d + self.penalty_gradient(p)
             if not o["decoupled_weight_decay"]:
-                d = d + o["weight_decay"] * p
+                d = d + self.times("weight_decay", p)
             move, length, state = self.rule.move(d, state, o)
             if o["decoupled_weight_decay"]:
                 p = p * (1 - o["lr"] * o["weight_decay"])
@@ -393,6 +412,17 @@ class Oracle:
         return new_params, new_states, norm, c
 
 
+def witness_of(optimizer) -> Oracle:
+    """The oracle with the options of an optimizer's first group."""
+    options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    return Oracle(options, rule=move_of(type(optimizer)))
+
+
+def in_double(entry: dict) -> dict:
+    """The state of a parameter as the oracle reads it."""
+    return {name: x.detach().double().clone() for name, x in entry.items() if x is not None}
+
+
 def check_against_oracle(make_optimizer, params, options, steps=3, witness=None):
     """Step by step: each step is compared with the oracle started from the very tensors it started from.
 
@@ -413,7 +443,7 @@ def check_against_oracle(make_optimizer, params, options, steps=3, witness=None)
         live = [p for p in params if p.grad is not None]
         old = [p.detach().double().clone() for p in live]
         grads = [p.grad.double().clone() for p in live]
-        states = [{name: x.double().clone() for name, x in optimizer.state.get(p, {}).items()} for p in live]
+        states = [in_double(optimizer.state.get(p, {})) for p in live]
         raw_grads = [p.grad.clone() for p in live]
         optimizer.step()
         want, want_states, norm, c = oracle.step(old, grads, states)

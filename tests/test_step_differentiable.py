@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from step_cases import BOTH
+from step_cases import EVERY_OPTIMIZER, OPTIMIZERS, is_adam
 
 pytestmark = [pytest.mark.cpu, pytest.mark.reference]
 
@@ -32,6 +32,58 @@ OPTIONS = {
 }
 
 
+# The same of Adam. Its eps is large, so that the derivative is none of rounding.
+OPTIONS_OF_ADAM = {
+    "lr": {},
+    "lr, amsgrad": {"amsgrad": True},
+    "lr, elastic net": {"l1": 0.1, "l2": 0.2},
+    "lr, weight decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "lr, decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "lr, proximal": {"l1": 0.1, "l2": 0.2, "proximal": True},
+    "lr, decoupled proximal": {"l1": 0.1, "l2": 0.2, "proximal": True, "decoupled_proximal": True},
+    "lr, group lasso": {"group_l1": 0.1, "decoupled_proximal": True},
+    "lr, clip": {"max_norm": 0.7, "l2": 0.1},
+    "lr, clip, norm 1": {"max_norm": 0.7, "norm_type": 1.0},
+    "beta1": {},
+    "beta1, amsgrad": {"amsgrad": True},
+    "beta1, proximal": {"l1": 0.1, "l2": 0.2, "proximal": True},
+    "beta2": {},
+    "beta2, amsgrad": {"amsgrad": True},
+    "beta2, proximal": {"l1": 0.1, "l2": 0.2, "proximal": True},
+    "eps": {"eps": 0.5},
+    "eps, proximal": {"eps": 0.5, "l1": 0.1, "l2": 0.2, "proximal": True},
+    "weight_decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "weight_decay, decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "l1": {"l1": 0.1},
+    "l1, proximal": {"l1": 0.1, "proximal": True},
+    "l1, decoupled proximal": {"l1": 0.1, "proximal": True, "decoupled_proximal": True},
+    "l2": {"l2": 0.1, "max_norm": 0.7},
+    "l2, proximal": {"l2": 0.1, "proximal": True},
+    "l2, outside of the clip": {"l2": 0.1, "max_norm": 0.7, "penalty_in_clip": False},
+    "group_l1": {"group_l1": 0.1, "decoupled_proximal": True},
+}
+BETAS = {"beta1": 0.8, "beta2": 0.9}
+
+CASES = [
+    pytest.param(make, name, options, id=f"{which}-{name}")
+    for which, make in OPTIMIZERS.items()
+    for name, options in (OPTIONS_OF_ADAM if is_adam(make) else OPTIONS).items()
+    # AdamW has one kind of decay.
+    if not (make.__name__ == "AdamW" and options.get("decoupled_weight_decay") is False)
+]
+
+
+def options_of(make, options, hyper, value):
+    """Those of the constructor."""
+    options = {"lr": 0.1, **options, hyper: value}
+    if is_adam(make):
+        betas = {name: options.pop(name, torch.tensor(beta, dtype=torch.float64)) for name, beta in BETAS.items()}
+        options = {"betas": tuple(betas.values()), "eps": 0.01, **options}
+    if make.__name__ == "AdamW":
+        options.pop("decoupled_weight_decay", None)
+    return options
+
+
 def trained(make, options, hyper, value):
     """The loss after three steps down a bowl, of the hyperparameter under study."""
     generator = torch.Generator().manual_seed(3)
@@ -39,7 +91,7 @@ def trained(make, options, hyper, value):
     target = torch.randn(7, 3, dtype=torch.float64, generator=generator)
     p = start.clone().requires_grad_(True)
     live = p.clone()
-    optimizer = make([torch.nn.Parameter(start)], **{"lr": 0.1, **options, hyper: value}, differentiable=True)
+    optimizer = make([torch.nn.Parameter(start)], **options_of(make, options, hyper, value), differentiable=True)
     optimizer.param_groups[0]["params"] = [live]
     for _ in range(3):
         (live.grad,) = torch.autograd.grad((live - target).pow(4).sum(), live, create_graph=True)
@@ -47,12 +99,10 @@ def trained(make, options, hyper, value):
     return (live - target).square().sum()
 
 
-@BOTH
-@pytest.mark.parametrize("name", OPTIONS)
-def test_derivatives_of_hyperparameters(make, name):
+@pytest.mark.parametrize("make, name, options", CASES)
+def test_derivatives_of_hyperparameters(make, name, options):
     hyper = name.partition(",")[0]
-    options = OPTIONS[name]
-    at = options.get(hyper, 0.1)
+    at = options.get(hyper, BETAS.get(hyper, 0.1))
     value = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     (got,) = torch.autograd.grad(trained(make, options, hyper, value), value)
     step = 1e-5
@@ -64,7 +114,7 @@ def test_derivatives_of_hyperparameters(make, name):
     assert abs(want) > 1e-3 and got.item() == pytest.approx(want, rel=1e-5), name
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_the_numbers_hold_no_graph(make):
     trained(make, {"max_norm": 1.0, "l1": 0.1}, "lr", torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
     p = torch.nn.Parameter(torch.ones(3))

@@ -6,9 +6,18 @@ import warnings
 
 import pytest
 import torch
-from step_cases import BOTH, DEVICE, give_grads, make_params
-
-import regfused
+from step_cases import (
+    DEVICE,
+    EVERY_OPTIMIZER,
+    KERNELS,
+    OPTIMIZERS,
+    give_grads,
+    is_adam,
+    make_params,
+    slots_of,
+    torch_twin,
+    with_state,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -19,8 +28,6 @@ OPTIONS = [
     ({"lr": "0.1"}, r"lr must be a number, but got '0.1' \(str\)"),
     ({"lr": None}, "lr must be a number, but got None"),
     ({"lr": torch.tensor([0.1, 0.2])}, r"lr must be a number or a tensor with 1 element.*shape \(2,\)"),
-    ({"momentum": -1.0}, "momentum must be finite and >= 0, but got -1.0"),
-    ({"dampening": NAN}, "dampening must be finite, but got nan"),
     ({"weight_decay": -1e-4}, "weight_decay must be finite and >= 0, but got -0.0001"),
     ({"l1": -1.0}, "l1 must be finite and >= 0, but got -1.0"),
     ({"l1": -1.0, "proximal": True}, "l1 must be finite and >= 0, but got -1.0"),
@@ -33,14 +40,50 @@ OPTIONS = [
     ({"norm_type": "two"}, "norm_type must be a number, but got 'two'"),
     ({"nonfinite": "ignore"}, "nonfinite must be one of .*'skip'.*, but got 'ignore'"),
     ({"proximal": "yes"}, "proximal must be True or False, but got 'yes'"),
+]
+OPTIONS_OF_SGD = [
+    ({"momentum": -1.0}, "momentum must be finite and >= 0, but got -1.0"),
+    ({"dampening": NAN}, "dampening must be finite, but got nan"),
+]
+OPTIONS_OF_ADAM = [
+    ({"betas": (1.0, 0.9)}, r"betas\[0\] must be >= 0 and < 1, but got 1.0"),
+    ({"betas": (0.9, -0.1)}, r"betas\[1\] must be >= 0 and < 1, but got -0.1"),
+    ({"betas": (0.9, NAN)}, r"betas\[1\] must be >= 0 and < 1, but got nan"),
+    ({"betas": 0.9}, "betas must be a pair of numbers, but got 0.9"),
+    ({"betas": (0.9, 0.99, 0.999)}, "betas must be a pair of numbers, but got "),
+    ({"betas": (0.9, "1")}, r"betas\[1\] must be a number, but got '1'"),
+    ({"betas": (torch.ones(2), torch.ones(2))}, r"betas\[0\] must be a number or a tensor with 1 element"),
+    ({"eps": -1e-8}, "eps must be finite and >= 0, but got -1e-08"),
+    ({"eps": INF}, "eps must be finite and >= 0, but got inf"),
+    ({"eps": None}, "eps must be a number, but got None"),
+    ({"amsgrad": "yes"}, "amsgrad must be True or False, but got 'yes'"),
+    ({"decoupled_proximal": "yes"}, "decoupled_proximal must be True or False, but got 'yes'"),
+]
+# What a new group may not have, but one that is there may come to.
+NEW_OF_SGD = [
     ({"nesterov": True}, "nesterov demands a momentum and zero dampening, but got momentum=0"),
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov demands .*dampening=0.1"),
     ({"classical_momentum": True, "momentum": 0.9, "dampening": 0.1}, "classical_momentum has no dampening"),
 ]
+NEW_OF_ADAM = [
+    ({"betas": (torch.tensor(0.9), 0.999)}, "betas must be two numbers or two tensors"),
+    ({"lr": torch.tensor(0.1), "foreach": True}, "foreach=True demands numbers or capturable=True, but lr is a tensor"),
+]
 
 
-@BOTH
-@pytest.mark.parametrize("options, message", OPTIONS, ids=lambda x: str(x)[:40])
+def of_every_optimizer(shared, of_sgd, of_adam):
+    """Cases of the tables for each optimizer."""
+    return pytest.mark.parametrize(
+        "make, options, message",
+        [
+            pytest.param(make, *case, id=f"{which}-{str(case[0])[:40]}")
+            for which, make in OPTIMIZERS.items()
+            for case in (*shared, *(of_adam if is_adam(make) else of_sgd))
+        ],
+    )
+
+
+@of_every_optimizer(OPTIONS, [*OPTIONS_OF_SGD, *NEW_OF_SGD], [*OPTIONS_OF_ADAM, *NEW_OF_ADAM])
 def test_options(make, options, message):
     params = make_params([3, 4])
     with pytest.raises(ValueError, match=message):
@@ -52,12 +95,11 @@ def test_options(make, options, message):
     assert len(optimizer.param_groups) == 1
 
 
-@BOTH
-@pytest.mark.parametrize("options, message", [o for o in OPTIONS if len(o[0]) == 1 and "nesterov" not in o[0]], ids=str)
+@of_every_optimizer([case for case in OPTIONS if len(case[0]) == 1], OPTIONS_OF_SGD, OPTIONS_OF_ADAM)
 def test_options_written_into_a_group(make, options, message):
     params = make_params([3, 4])
     give_grads(params)
-    optimizer = make([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
+    optimizer = make([{"params": [p]} for p in params], lr=0.1, **with_state(make))
     optimizer.step()
     before = copy.deepcopy((params, optimizer.state_dict()["state"]))
     optimizer.param_groups[1].update(options)
@@ -67,10 +109,11 @@ def test_options_written_into_a_group(make, options, message):
     for p, q in zip(params, before[0], strict=True):
         assert torch.equal(p, q) and torch.equal(p.grad, q.grad if q.grad is not None else p.grad)
     for i, entry in optimizer.state_dict()["state"].items():
-        assert torch.equal(entry["momentum_buffer"], before[1][i]["momentum_buffer"])
+        assert entry.keys() == before[1][i].keys()
+        assert all(torch.equal(x, before[1][i][name]) for name, x in entry.items())
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize(
     "values", [{"max_norm": 2.0}, {"max_norm": None}, {"norm_type": 1.0}, {"nonfinite": "skip"}], ids=str
 )
@@ -89,7 +132,7 @@ def test_options_that_must_agree_between_groups(make, values):
         assert torch.equal(p, q)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_unknown_options(make):
     with pytest.raises(TypeError, match="l3"):
         make(make_params([3]), lr=0.1, l3=0.1)
@@ -98,12 +141,20 @@ def test_unknown_options(make):
 
 
 MISSPELT = {"weightdecay": "weight_decay", "weight_decy": "weight_decay", "max_nrom": "max_norm", "LR": "lr"}
+MISSPELT_OF_SGD = {"momentun": "momentum", "nestrov": "nesterov"}
+MISSPELT_OF_ADAM = {"beta": "betas", "amsgrd": "amsgrad"}
 
 
-@BOTH
-@pytest.mark.parametrize("name", MISSPELT)
-def test_misspelt_options_in_a_group_are_warned_of_where_they_are_written(make, name):
-    message = f"{name!r} is not an option and does nothing; did you mean {MISSPELT[name]!r}?"
+@pytest.mark.parametrize(
+    "make, name, meant",
+    [
+        pytest.param(make, name, meant, id=f"{which}-{name}")
+        for which, make in OPTIMIZERS.items()
+        for name, meant in {**MISSPELT, **(MISSPELT_OF_ADAM if is_adam(make) else MISSPELT_OF_SGD)}.items()
+    ],
+)
+def test_misspelt_options_in_a_group_are_warned_of_where_they_are_written(make, name, meant):
+    message = f"{name!r} is not an option and does nothing; did you mean {meant!r}?"
     params = make_params([3, 4])
     with pytest.warns(UserWarning, match=re.escape(message)) as caught:
         optimizer = make([{"params": params[:1], name: 0.1}], lr=0.1)
@@ -126,13 +177,16 @@ def test_misspelt_options_in_a_group_are_warned_of_where_they_are_written(make, 
 NOTES = (
     *("use_weight_decay", "no_weight_decay", "min_weight_decay", "weight_decay_mult", "weight_decay_", "group_lr"),
     *("initial_lr", "max_lr", "swa_lr", "lr_scale", "base_momentum", "max_momentum", "l1_ratio", "nesterov_", "name"),
-    *("betas", "eps", "amsgrad", "capturable", "trust_coefficient", "schedule", 7),
+    *("trust_coefficient", "schedule", 7),
 )
+# Options of another rule.
+NOTES_FOR_SGD = ("betas", "eps", "amsgrad", "capturable", "decoupled_proximal")
+NOTES_FOR_ADAM = ("momentum", "dampening", "nesterov", "classical_momentum")
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_notes_of_others_in_a_group(make):
-    notes = dict.fromkeys(NOTES, 0.5)
+    notes = dict.fromkeys((*NOTES, *(NOTES_FOR_ADAM if is_adam(make) else NOTES_FOR_SGD)), 0.5)
     params = make_params([3])
     give_grads(params)
     with warnings.catch_warnings():
@@ -145,27 +199,43 @@ def test_notes_of_others_in_a_group(make):
         other.load_state_dict(saved)
         optimizer.load_state_dict(saved)
     for group in (optimizer.param_groups[0], other.param_groups[0]):
-        assert {name: group[name] for name in NOTES} == notes and group["no_weight_decays"] is True
+        assert {name: group[name] for name in notes} == notes and group["no_weight_decays"] is True
 
 
 # What torch says of the same mistake: programs look for it.
 TORCHS_WORDS = [
     {"lr": -0.1},
     {"lr": torch.tensor([0.1, 0.2])},
-    {"momentum": -0.5},
     {"weight_decay": -1e-4},
-    {"nesterov": True},
-    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
     {"fused": True, "foreach": True},
     {"fused": True, "differentiable": True},
 ]
+TORCHS_WORDS_OF_SGD = [
+    {"momentum": -0.5},
+    {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+]
+TORCHS_WORDS_OF_ADAM = [
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, -0.5)},
+    {"betas": (torch.tensor(0.9), 0.5)},
+    {"betas": (torch.tensor(0.9), torch.tensor(0.9)), "foreach": True},
+    {"eps": -1e-8},
+    {"lr": torch.tensor(0.1), "foreach": True},
+]
 
 
-@BOTH
-@pytest.mark.parametrize("options", TORCHS_WORDS, ids=str)
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        pytest.param(make, options, id=f"{which}-{options}")
+        for which, make in OPTIMIZERS.items()
+        for options in (*TORCHS_WORDS, *(TORCHS_WORDS_OF_ADAM if is_adam(make) else TORCHS_WORDS_OF_SGD))
+    ],
+)
 def test_messages_have_torchs_words(make, options):
     with pytest.raises((ValueError, RuntimeError)) as theirs:
-        torch.optim.SGD(make_params([3]), **options)
+        torch_twin(make)(make_params([3]), **options)
     with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
         make(make_params([3]), **options)
     if theirs.type is ValueError:
@@ -173,10 +243,10 @@ def test_messages_have_torchs_words(make, options):
             make([{"params": make_params([3]), **options}])
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("sizes", ([[3], [4]], [[3, 4]]), ids=("groups", "parameters"))
 def test_checkpoints_that_do_not_fit_have_torchs_words(make, sizes):
-    theirs, ours = (cls([{"params": make_params([3])}], lr=0.1) for cls in (torch.optim.SGD, make))
+    theirs, ours = (cls([{"params": make_params([3])}], lr=0.1) for cls in (torch_twin(make), make))
     saved = make([{"params": make_params(group)} for group in sizes], lr=0.1).state_dict()
     with pytest.raises(ValueError) as error:
         theirs.load_state_dict(copy.deepcopy(saved))
@@ -184,7 +254,7 @@ def test_checkpoints_that_do_not_fit_have_torchs_words(make, sizes):
         ours.load_state_dict(saved)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_a_group_that_lost_an_option(make):
     params = make_params([3])
     give_grads(params)
@@ -194,7 +264,7 @@ def test_a_group_that_lost_an_option(make):
         optimizer.step()
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize(
     "tensor, message",
     [
@@ -215,7 +285,7 @@ def test_parameters(make, tensor, message):
         make([{"params": (t for t in [tensor])}], lr=0.1)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_torchs_own_complaints(make):
     with pytest.raises(ValueError, match="empty parameter list"):
         make([], lr=0.1)
@@ -229,43 +299,50 @@ def test_torchs_own_complaints(make):
         make(make_params([3]), fused=True, differentiable=True)
 
 
+@KERNELS
 @pytest.mark.parametrize("dtype", (torch.complex64, torch.float8_e5m2), ids=str)
-def test_fused_true_demands_what_the_kernels_take(dtype):
+def test_fused_true_demands_what_the_kernels_take(make, dtype):
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float32).to(dtype), requires_grad=False)
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of supp"):
-        regfused.SGD([p], lr=0.1, fused=True)
-    with pytest.raises(RuntimeError, match=f"SGD: fused=True demands dense float32.*parameter 0 .*{dtype}"):
-        regfused.SGD([p], lr=0.1, fused=True)
+        make([p], lr=0.1, fused=True)
+    with pytest.raises(
+        RuntimeError, match=f"^{make.__name__}: fused=True demands dense float32.*parameter 0 .*{dtype}"
+    ):
+        make([p], lr=0.1, fused=True)
     strided = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])
     strided.grad = torch.ones(6, 4)
     with pytest.raises(RuntimeError, match="fused=True demands dense.*parameter 0 of group 0 is not dense in memory"):
-        regfused.SGD([strided], lr=0.1, fused=True).step()
+        make([strided], lr=0.1, fused=True).step()
     q = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match="fused=True demands norm_type 1, 2 or inf, but got 3"):
-        optimizer = regfused.SGD([q], lr=0.1, fused=True, max_norm=1.0, norm_type=3.0)
+        optimizer = make([q], lr=0.1, fused=True, max_norm=1.0, norm_type=3.0)
         q.grad = torch.ones(3)
         optimizer.step()
 
 
+@KERNELS
 @pytest.mark.parametrize(
     "options",
     [{"fused": True}, {"l1": 0.1}, {"l2": 0.1}, {"max_norm": 1.0}, {"weight_decay": 0.1}, {"nonfinite": "skip"}],
     ids=str,
 )
-def test_sparse_gradients(options):
+def test_sparse_gradients(make, options):
     dense, embedding = torch.nn.Parameter(torch.ones(5)), torch.nn.Embedding(10, 3, sparse=True)
-    optimizer = regfused.SGD([dense, embedding.weight], lr=0.1, momentum=0.9, **options)
+    optimizer = make([dense, embedding.weight], lr=0.1, **with_state(make), **options)
     dense.grad = torch.ones(5)
     embedding(torch.tensor([1, 2])).sum().backward()
     before = embedding.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="SGD.step: .*demand.*(dense|Sparse)"):
+    with pytest.raises(RuntimeError, match=rf"{make.__name__}\.step: .*(demand|must be).*(dense|Sparse)"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(5)) and torch.equal(embedding.weight, before) and not optimizer.state
 
 
-@BOTH
 @pytest.mark.parametrize(
-    "buffer, message",
+    "make, name",
+    [pytest.param(make, name, id=f"{which}-{name}") for which, make in OPTIMIZERS.items() for name in slots_of(make)],
+)
+@pytest.mark.parametrize(
+    "slot, message",
     [
         (torch.zeros(3), r"must have shape \(4,\), but has \(3,\)"),
         (torch.zeros(4, dtype=torch.int64), "must be real floating point, as dtype torch.float32 is, but has dtype"),
@@ -277,30 +354,31 @@ def test_sparse_gradients(options):
     ],
     ids=("shape", "integer", "complex", "layout", "device", "list", "str"),
 )
-def test_momentum_buffers(make, buffer, message):
+def test_slots(make, name, slot, message):
     params = make_params([4, 4])
-    optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1)
+    optimizer = make(params, lr=0.1, l1=0.1, **with_state(make))
     give_grads(params)
     optimizer.step()
     before = copy.deepcopy(params)
-    saved = optimizer.state_dict()
-    saved["state"] = {**saved["state"], 1: {"momentum_buffer": buffer}}
-    message = f"momentum_buffer of parameter 1 of group 0 {message}"
-    if not (isinstance(buffer, torch.Tensor) and buffer.is_meta):  # torch says what is wrong with that
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][name] = slot
+    kept = optimizer.state[params[1]][name].clone()
+    message = f"{name} of parameter 1 of group 0 {message}"
+    if not (isinstance(slot, torch.Tensor) and slot.is_meta):  # torch says what is wrong with that
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
-        assert torch.equal(optimizer.state[params[1]]["momentum_buffer"], saved["state"][0]["momentum_buffer"]) is False
-    optimizer.state[params[1]]["momentum_buffer"] = buffer
+        assert torch.equal(optimizer.state[params[1]][name], kept)
+    optimizer.state[params[1]][name] = slot
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     for p, q in zip(params, before, strict=True):
         assert torch.equal(p, q)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_loaded_hyperparameters(make):
     params = make_params([4])
-    optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1)
+    optimizer = make(params, lr=0.1, l1=0.1, **with_state(make))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["l1"] = -3.0
     with pytest.raises(ValueError, match="load_state_dict: l1 must be finite and >= 0, but got -3.0"):
@@ -310,20 +388,22 @@ def test_loaded_hyperparameters(make):
     optimizer.step()
 
 
-def test_a_parameter_whose_memory_is_gone():
+@KERNELS
+def test_a_parameter_whose_memory_is_gone(make):
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
-    optimizer = regfused.SGD([p], lr=0.1, fused=True)
+    optimizer = make([p], lr=0.1, fused=True)
     optimizer.step()
     p.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 has no memory"):
         optimizer.step()
 
 
+@KERNELS
 @pytest.mark.cpu
-def test_unknown_instruction_set(monkeypatch):
+def test_unknown_instruction_set(make, monkeypatch):
     monkeypatch.setenv("REGFUSED_ISA", "avx1024")
     params = make_params([3])
     give_grads(params)
     with pytest.raises(RuntimeError, match="REGFUSED_ISA must be one of plain.*on this machine, but is 'avx1024'"):
-        regfused.SGD(params, lr=0.1).step()
+        make(params, lr=0.1).step()

@@ -205,7 +205,6 @@ ERRORS_OF = {
         (lambda a, slot: {"betas": [0.9, 1.0]}, r"betas must be in \[0, 1\), but got 0.9 1"),
         (lambda a, slot: {"betas": [math.nan, 0.9]}, r"betas must be in \[0, 1\), but got"),
         (lambda a, slot: {"eps": -1e-8}, "eps must be finite and >= 0, but got -1e-08"),
-        (lambda a, slot: {"group_l1": 0.1}, "group_l1 demands decoupled_proximal=True"),
     ],
 }
 

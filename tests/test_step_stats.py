@@ -6,9 +6,7 @@ import pickle
 
 import pytest
 import torch
-from step_cases import BOTH, assert_params_equal, copy_params, give_grads, make_params
-
-import regfused
+from step_cases import EVERY_OPTIMIZER, KERNELS, assert_params_equal, copy_params, give_grads, make_params, with_state
 
 FIELDS = ("grad_norm", "clip_coef", "penalty", "zero_fraction", "skipped")
 
@@ -17,7 +15,7 @@ def stepped(make, complex_param=False, **options):
     params = make_params([33, 65])
     if complex_param:
         params.append(torch.nn.Parameter(torch.ones(4, dtype=torch.complex64)))
-    optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1, **{"max_norm": 1.0, **options})
+    optimizer = make(params, lr=0.1, l1=0.1, **{**with_state(make), "max_norm": 1.0, **options})
     for _ in range(2):
         give_grads(params[:2])
         for p in params[2:]:
@@ -68,11 +66,11 @@ class OpaqueWrapper(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("wrapper", (Wrapper, CopyingWrapper, DelegatingWrapper))
 def test_through_wrappers(make, wrapper):
     params = make_params([33, 65])
-    optimizer = make(params, lr=0.1, momentum=0.9, l1=0.1, max_norm=1.0)
+    optimizer = make(params, lr=0.1, l1=0.1, max_norm=1.0, **with_state(make))
     wrapped = wrapper(optimizer)
     for _ in range(3):
         give_grads(params)
@@ -83,13 +81,14 @@ def test_through_wrappers(make, wrapper):
         assert wrapped.stats.as_floats() == optimizer.stats.as_floats()
 
 
-def test_a_wrapper_that_forwards_nothing_has_no_stats():
-    _, optimizer = stepped(regfused.SGD)
+@KERNELS
+def test_a_wrapper_that_forwards_nothing_has_no_stats(make):
+    _, optimizer = stepped(make)
     with pytest.raises(AttributeError):
         _ = OpaqueWrapper(optimizer).stats
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("complex_param", (False, True))
 @pytest.mark.parametrize(
     "duplicate", (copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))), ids=("deepcopy", "copy", "pickle")
@@ -114,7 +113,7 @@ def test_copies_have_the_numbers(make, duplicate, complex_param):
     assert twin.stats.skipped == 3
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_loading_a_checkpoint_keeps_the_numbers(make):
     _, optimizer = stepped(make)
     want = optimizer.stats.as_floats()
@@ -122,7 +121,7 @@ def test_loading_a_checkpoint_keeps_the_numbers(make):
     assert optimizer.stats.as_floats() == want
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("complex_param", (False, True))
 def test_floats_for_a_logger(make, complex_param):
     params, optimizer = stepped(make, complex_param)
@@ -140,14 +139,14 @@ def test_floats_for_a_logger(make, complex_param):
     assert math.isnan(optimizer.stats.as_floats()["grad_norm"])
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_before_the_first_step(make):
     optimizer = make(make_params([3]), lr=0.1, max_norm=1.0)
     assert optimizer.stats.as_floats() == {} and repr(optimizer.stats) == "Stats()"
     assert [number.dim() for number in optimizer.stats] == [0] * 5 and optimizer.stats.grad_norm.isnan()
 
 
-@BOTH
+@EVERY_OPTIMIZER
 def test_printed(make):
     p = torch.nn.Parameter(torch.tensor([0.5, -2.0]))
     optimizer = make([p], lr=0.1, l1=1.0, proximal=True)
@@ -156,23 +155,24 @@ def test_printed(make):
     assert repr(optimizer.stats) == "Stats(clip_coef=1, penalty=2.5, zero_fraction=0.5, skipped=0)"
 
 
-def test_numbers_stay_after_later_steps():
-    for make in (regfused.SGD, regfused.reference.SGD):
-        params, optimizer = stepped(make)
-        stats = optimizer.stats
-        zeros, before = stats.zero_fraction.item(), copy_params(params)
-        with torch.no_grad():
-            for p in params:
-                p.zero_()
-        give_grads(params)
-        optimizer.step()
-        assert stats.zero_fraction.item() == zeros < 1
-        with pytest.raises(AssertionError):
-            assert_params_equal(params, before)
+@EVERY_OPTIMIZER
+def test_numbers_stay_after_later_steps(make):
+    params, optimizer = stepped(make)
+    stats = optimizer.stats
+    zeros, before = stats.zero_fraction.item(), copy_params(params)
+    with torch.no_grad():
+        for p in params:
+            p.zero_()
+    give_grads(params)
+    optimizer.step()
+    assert stats.zero_fraction.item() == zeros < 1
+    with pytest.raises(AssertionError):
+        assert_params_equal(params, before)
 
 
-def test_zeros_are_counted_where_parameters_have_gone():
-    params, optimizer = stepped(regfused.reference.SGD)
+@EVERY_OPTIMIZER
+def test_zeros_are_counted_where_parameters_have_gone(make):
+    params, optimizer = stepped(make)
     optimizer.param_groups[0]["params"].pop()
     with torch.no_grad():
         params[0][:11] = 0

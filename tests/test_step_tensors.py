@@ -4,15 +4,39 @@ import math
 
 import pytest
 import torch
-from step_cases import BOTH, DEVICE, assert_params_equal, copy_params, give_grads, make_params, share_grads
+from step_cases import (
+    BOTH,
+    DEVICE,
+    EVERY_OPTIMIZER,
+    KERNELS,
+    OPTIMIZERS,
+    assert_params_equal,
+    copy_params,
+    give_grads,
+    has_kernels,
+    in_double,
+    is_adam,
+    make_params,
+    share_grads,
+    slots_of,
+    torch_twin,
+    with_state,
+    witness_of,
+)
 
 import regfused
 from regfused import reference
 
 
-def _against_loop(params, expect_kernels, atol=1e-6, **options):
+def _beside_loop(make, params, **options):
+    """An optimizer with all state that it can have, and torch's for-loop on copies."""
     twins = copy_params(params)
-    ours, loop = regfused.SGD(params, lr=0.1, **options), torch.optim.SGD(twins, lr=0.1, foreach=False, **options)
+    options = dict(lr=0.1, **with_state(make), **options)
+    return make(params, **options), torch_twin(make)(twins, foreach=False, **options), twins
+
+
+def _against_loop(make, params, expect_kernels, atol=1e-6, **options):
+    ours, loop, twins = _beside_loop(make, params, **options)
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -23,16 +47,17 @@ def _against_loop(params, expect_kernels, atol=1e-6, **options):
     assert ours._plan.tensors == expect_kernels
 
 
-def test_mixed_with_complex():
+@KERNELS
+def test_mixed_with_complex(make):
     params = [torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.randn(6, dtype=torch.complex64))]
-    _against_loop(params, 1, momentum=0.9, weight_decay=0.1)
+    _against_loop(make, params, 1, weight_decay=0.1)
 
 
-def test_mixed_step_has_one_norm_and_one_coefficient():
+@KERNELS
+def test_mixed_step_has_one_norm_and_one_coefficient(make):
     params = [torch.nn.Parameter(torch.randn(50)), torch.nn.Parameter(torch.randn(6, dtype=torch.complex64))]
-    twins = copy_params(params)
-    ours = regfused.SGD(params, lr=0.1, momentum=0.9, max_norm=0.3)
-    loop = torch.optim.SGD(twins, lr=0.1, momentum=0.9, foreach=False)
+    ours, loop, twins = _beside_loop(make, params)
+    ours.param_groups[0]["max_norm"] = 0.3
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -45,18 +70,18 @@ def test_mixed_step_has_one_norm_and_one_coefficient():
     assert ours._plan.tensors == 1
 
 
-def test_other_strides():
+@KERNELS
+def test_other_strides(make):
     dense = torch.randn(6, 8)
     transposed = torch.nn.Parameter(dense.clone().t())
     strided = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])
-    _against_loop([transposed, strided, torch.nn.Parameter(torch.randn(()))], 2, momentum=0.9)
+    _against_loop(make, [transposed, strided, torch.nn.Parameter(torch.randn(()))], 2)
 
 
-def test_transposed_parameter_with_contiguous_gradient():
+@KERNELS
+def test_transposed_parameter_with_contiguous_gradient(make):
     p = torch.nn.Parameter(torch.randn(8, 8).t())
-    q = torch.nn.Parameter(p.detach().clone())
-    ours = regfused.SGD([p], lr=0.1, momentum=0.9)
-    loop = torch.optim.SGD([q], lr=0.1, momentum=0.9, foreach=False)
+    ours, loop, (q,) = _beside_loop(make, [p])
     for _ in range(2):
         p.grad = torch.randn(8, 8)
         q.grad = p.grad.clone()
@@ -70,14 +95,18 @@ def test_transposed_parameter_with_contiguous_gradient():
     assert_params_equal([p], [q], atol=1e-6)
 
 
-def test_expanded_gradient():
+@KERNELS
+def test_expanded_gradient(make):
     p = torch.nn.Parameter(torch.randn(4, 5))
+    _, loop, (q,) = _beside_loop(make, [p])
     p.grad = torch.randn(5).expand(4, 5)
-    before = p.detach().clone()
-    regfused.SGD([p], lr=0.1, fused=True).step()
-    torch.testing.assert_close(p.detach(), before - 0.1 * p.grad)
+    q.grad = p.grad.clone()
+    make([p], lr=0.1, fused=True).step()
+    loop.step()
+    assert_params_equal([p], [q], atol=1e-6)
 
 
+# SGD alone takes sparse gradients.
 @pytest.mark.parametrize("momentum", (0.0, 0.9))
 def test_sparse_gradients_as_torch(momentum):
     embeddings = [torch.nn.Embedding(10, 3, sparse=True) for _ in range(2)]
@@ -111,31 +140,34 @@ def test_dense_gradients_after_sparse_ones(make):
     assert optimizer.state[p]["momentum_buffer"].layout == torch.strided
 
 
-def test_parameters_sharing_memory_and_listed_twice():
+@KERNELS
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameters_sharing_memory_and_listed_twice(make):
     p = torch.nn.Parameter(torch.randn(100_000))
+    q = torch.nn.Parameter(p.detach().clone())
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = regfused.SGD([p, p], lr=0.1)
-    p.grad = torch.ones_like(p)
-    before = p.detach().clone()
+        optimizer = make([p, p], lr=0.1)
     optimizer.step()
-    torch.testing.assert_close(p.detach(), before - 0.2)
+    torch_twin(make)([q, q], lr=0.1, foreach=False).step()
+    assert_params_equal([p], [q], atol=1e-6)
     memory = torch.randn(10)
-    a, b = torch.nn.Parameter(memory[:7]), torch.nn.Parameter(memory[3:])
-    a.grad, b.grad = torch.ones(7), torch.ones(7)
-    want = memory.clone()
-    want[:7] -= 0.1
-    want[3:] -= 0.1
-    regfused.SGD([a, b], lr=0.1).step()
-    torch.testing.assert_close(memory, want)
+    both = [memory, memory.clone()]
+    pairs = [[torch.nn.Parameter(each[:7]), torch.nn.Parameter(each[3:])] for each in both]
+    for param in (*pairs[0], *pairs[1]):
+        param.grad = torch.ones(7)
+    make(pairs[0], lr=0.1).step()
+    torch_twin(make)(pairs[1], lr=0.1, foreach=False).step()
+    torch.testing.assert_close(*both, rtol=0, atol=1e-6)
     with pytest.raises(RuntimeError, match="fused=True demands parameters that share no memory"):
-        regfused.SGD([a, b], lr=0.1, fused=True).step()
+        make(pairs[0], lr=0.1, fused=True).step()
 
 
-def test_other_norm_types_run_through_the_reference():
+@KERNELS
+def test_other_norm_types_run_through_the_reference(make):
     params = make_params([50, 60])
-    twins = copy_params(params)
-    ours = regfused.SGD(params, lr=0.1, max_norm=0.3, norm_type=3.0)
-    loop = torch.optim.SGD(twins, lr=0.1)
+    ours, loop, twins = _beside_loop(make, params)
+    ours.param_groups[0].update(max_norm=0.3, norm_type=3.0)
     for _ in range(2):
         give_grads(params)
         share_grads(params, twins)
@@ -149,12 +181,13 @@ def test_other_norm_types_run_through_the_reference():
     assert ours._plan.tensors == 2
 
 
+@KERNELS
 @pytest.mark.parametrize("flag", ({"fused": False}, {"foreach": True}))
-def test_pure_pytorch_on_request(flag):
+def test_pure_pytorch_on_request(make, flag):
     params = make_params([50])
     twins = copy_params(params)
-    options = dict(lr=0.1, momentum=0.9)
-    ours, loop = regfused.SGD(params, **options, **flag), torch.optim.SGD(twins, foreach=False, **options)
+    options = dict(lr=0.1, **with_state(make))
+    ours, loop = make(params, **options, **flag), torch_twin(make)(twins, foreach=False, **options)
     for _ in range(2):
         give_grads(params)
         share_grads(params, twins)
@@ -164,14 +197,16 @@ def test_pure_pytorch_on_request(flag):
     assert ours._plan.tensors == 0
 
 
-def test_differentiable():
+@KERNELS
+def test_differentiable(make):
     p = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    lr = 0.1
+    # Adam's first step is as long for any gradient, but for eps.
+    options = {**with_state(make), **({"eps": 0.5} if is_adam(make) else {})}
 
     def outcome(p, g):
         q = p.clone()
         q.grad = g
-        optimizer = regfused.SGD([q], lr=lr, momentum=0.9, l2=0.1, weight_decay=0.2, differentiable=True)
+        optimizer = make([q], lr=0.1, l2=0.1, weight_decay=0.2, differentiable=True, **options)
         optimizer.step()
         return q
 
@@ -179,13 +214,21 @@ def test_differentiable():
     assert torch.autograd.gradcheck(outcome, (p, g))
 
 
-def test_inference_tensors():
+@KERNELS
+def test_inference_tensors(make):
     with torch.inference_mode():
         p = torch.nn.Parameter(torch.ones(5), requires_grad=False)
-        optimizer = regfused.SGD([p], lr=0.1, momentum=0.9)
+        optimizer = make([p], lr=0.1, **with_state(make))
         p.grad = torch.ones(5)
         optimizer.step()
-        torch.testing.assert_close(p, torch.full((5,), 0.9))
+        torch.testing.assert_close(p.double(), _after_one_step(optimizer, 1.0, 1.0, 5))
+
+
+def _after_one_step(optimizer, value, grad, *shape):
+    """Where a parameter of these values goes by its first gradient, of these."""
+    p, g = (torch.full(shape, x, dtype=torch.float64) for x in (value, grad))
+    (want,), *_ = witness_of(optimizer).step([p], [g], [{}])
+    return want
 
 
 class Plain(torch.nn.Parameter):
@@ -207,8 +250,9 @@ class Counting(torch.nn.Parameter):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+@KERNELS
 @pytest.mark.parametrize("fused", (None, True))
-def test_plain_subclasses_are_ordinary_memory(fused):
+def test_plain_subclasses_are_ordinary_memory(make, fused):
     params = [
         Plain(torch.randn(33)),
         torch.randn(5, 7).as_subclass(PlainTensor).requires_grad_(),
@@ -216,8 +260,8 @@ def test_plain_subclasses_are_ordinary_memory(fused):
     ]
     params = [*params, torch.nn.Parameter(torch.randn(4))]
     twins = copy_params(params)
-    options = dict(lr=0.1, momentum=0.9, weight_decay=0.1)
-    ours, loop = regfused.SGD(params, fused=fused, **options), torch.optim.SGD(twins, foreach=False, **options)
+    options = dict(lr=0.1, weight_decay=0.1, **with_state(make))
+    ours, loop = make(params, fused=fused, **options), torch_twin(make)(twins, foreach=False, **options)
     classes = [type(p) for p in params]
     for _ in range(3):
         for p in params:
@@ -231,57 +275,66 @@ def test_plain_subclasses_are_ordinary_memory(fused):
     assert regfused.clip_grad_norm_(params, 1e-3) > 1
 
 
-def test_subclasses_that_see_operations():
+@KERNELS
+def test_subclasses_that_see_operations(make):
     p = Counting(torch.ones(33))
     with pytest.raises(RuntimeError, match="fused=True demands dense float32.*parameter 0 .* of class Counting"):
-        regfused.SGD([p], lr=0.1, fused=True)
-    optimizer = regfused.SGD([p], lr=0.1)
+        make([p], lr=0.1, fused=True)
+    optimizer = make([p], lr=0.1)
     p.grad = torch.ones(33)
     Counting.calls = 0
     optimizer.step()
     assert Counting.calls > 0 and optimizer._plan.tensors == 0
-    torch.testing.assert_close(p.detach().as_subclass(torch.Tensor), torch.full((33,), 0.9))
+    torch.testing.assert_close(
+        p.detach().as_subclass(torch.Tensor).double(), _after_one_step(optimizer, 1.0, 1.0, 33), rtol=0, atol=1e-6
+    )
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("fused", (None, True, False))
 def test_a_model_that_changes_its_type(make, fused):
-    """The momentum buffer comes along, with its values."""
+    """The slots come along, with their values."""
     model = torch.nn.Linear(7, 5)
-    optimizer = make(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    optimizer = make(model.parameters(), lr=0.1, fused=fused, **with_state(make))
+    witness = witness_of(optimizer)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32):
         model.to(dtype)
-        wants = []
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-            buffer = optimizer.state[p].get("momentum_buffer", torch.zeros_like(p)).to(dtype)
-            velocity = 0.9 * buffer.double() + p.grad.double()
-            wants.append((velocity, p.detach().double() - 0.1 * velocity))
+        params = list(model.parameters())
+        give_grads(params)
+        states = []
+        for p in params:
+            slots = {name: x.to(dtype) if name in slots_of(make) else x for name, x in optimizer.state[p].items()}
+            states.append(in_double(slots))
+        wants, states, *_ = witness.step(
+            [p.detach().double() for p in params], [p.grad.double() for p in params], states
+        )
         optimizer.step()
-        for p, (velocity, want) in zip(model.parameters(), wants, strict=True):
-            buffer = optimizer.state[p]["momentum_buffer"]
-            assert buffer.dtype == p.dtype == dtype
+        for p, want, state in zip(params, wants, states, strict=True):
+            assert optimizer.state[p].keys() == state.keys()
             # One rounding to the type of storage, and some of arithmetic in float32 of values of a size of 4.
-            for got, exact in ((buffer, velocity), (p.detach(), want)):
-                torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=4e-6)
+            for got, exact in ((p, want), *((optimizer.state[p][name], x) for name, x in state.items())):
+                assert got.dtype == dtype or got is optimizer.state[p].get("step")
+                torch.testing.assert_close(got.detach().double(), exact, rtol=torch.finfo(dtype).eps, atol=4e-6)
 
 
-@BOTH
-@pytest.mark.parametrize("options", ({}, {"momentum": 0.9, "max_norm": 1.0, "l1": 0.1}), ids=str)
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("stateful", (False, True))
 @pytest.mark.parametrize("grad_dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-def test_gradients_of_another_type(make, dtype, grad_dtype, options):
+def test_gradients_of_another_type(make, dtype, grad_dtype, stateful):
+    options = {"lr": 0.1, **({"max_norm": 1.0, "l1": 0.1, **with_state(make)} if stateful else {})}
     p = torch.nn.Parameter(torch.randn(33, dtype=dtype))
     p.grad_dtype = grad_dtype
     q = torch.nn.Parameter(p.detach().double())
-    ours = make([p, other := torch.nn.Parameter(torch.ones(3))], lr=0.1, **options)
-    exact = reference.SGD([q, twin := torch.nn.Parameter(torch.ones(3, dtype=torch.float64))], lr=0.1, **options)
+    ours = make([p, other := torch.nn.Parameter(torch.ones(3))], **options)
+    twin = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    exact = getattr(reference, make.__name__)([q, twin], **options)
     for _ in range(2):
         p.grad, other.grad = torch.randn(33, dtype=grad_dtype), torch.ones(3)
         q.data.copy_(p.detach())
         q.grad, twin.grad = p.grad.double(), torch.ones(3, dtype=torch.float64)
-        if p in ours.state:
-            exact.state[q]["momentum_buffer"].copy_(ours.state[p]["momentum_buffer"])
+        for name, x in ours.state.get(p, {}).items():
+            exact.state[q][name].copy_(x)
         ours.step()
         exact.step()
         assert p.dtype == dtype and p.grad.dtype == grad_dtype
@@ -289,28 +342,37 @@ def test_gradients_of_another_type(make, dtype, grad_dtype, options):
         torch.testing.assert_close(p.detach().double(), q.detach(), rtol=torch.finfo(dtype).eps, atol=4e-6)
 
 
-@BOTH
+OF_SGD = ({}, {"nesterov": True}, {"dampening": 0.3}, {"weight_decay": 0.1, "maximize": True})
+OF_ADAM = ({}, {"betas": (0.5, 0.75)}, {"amsgrad": False}, {"weight_decay": 0.1, "maximize": True})
+
+
 @pytest.mark.parametrize(
-    "options", ({}, {"nesterov": True}, {"dampening": 0.3}, {"weight_decay": 0.1, "maximize": True}), ids=str
+    "make, options",
+    [
+        pytest.param(make, options, id=f"{which}-{options}")
+        for which, make in OPTIMIZERS.items()
+        for options in (OF_ADAM if is_adam(make) else OF_SGD)
+    ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-def test_one_parameter_listed_twice_with_momentum(make, options):
-    """As torch's for-loop: two first gradients, then one buffer that goes on twice in each step."""
+def test_one_parameter_listed_twice_with_state(make, options):
+    """As torch's for-loop: of SGD two first gradients, then slots, and a count, that go on twice in each step."""
     p, other = make_params([33, 4])
     q, twin = copy_params([p, other])
-    ours = make([p, other, p], lr=0.1, momentum=0.9, **options)
-    loop = torch.optim.SGD([q, twin, q], lr=0.1, momentum=0.9, foreach=False, **options)
+    options = {"lr": 0.1, **with_state(make), **options}
+    ours, loop = make([p, other, p], **options), torch_twin(make)([q, twin, q], foreach=False, **options)
     for _ in range(4):
         give_grads([p, other])
         share_grads([p, other], [q, twin])
         ours.step()
         loop.step()
         assert_params_equal([p, other], [q, twin], atol=4e-6)
-        buffers = [o.state[t]["momentum_buffer"] for o, t in ((ours, p), (loop, q))]
-        torch.testing.assert_close(*buffers, rtol=0, atol=4e-6)
+        assert ours.state[p].keys() == loop.state[q].keys()
+        for name, x in ours.state[p].items():
+            torch.testing.assert_close(x, loop.state[q][name], rtol=0, atol=4e-6)
 
 
-@BOTH
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("fused", (None, True, False))
 @pytest.mark.parametrize("swapped", (False, True))
 def test_parameters_on_the_meta_device(make, fused, swapped):
@@ -320,13 +382,13 @@ def test_parameters_on_the_meta_device(make, fused, swapped):
     try:
         with torch.device("meta"):
             model = torch.nn.Linear(7, 5)
-        optimizer = make(model.parameters(), lr=0.1, momentum=0.9, l1=0.1, max_norm=math.inf, fused=fused)
-        if not fused or make is reference.SGD:
+        optimizer = make(model.parameters(), lr=0.1, l1=0.1, max_norm=math.inf, fused=fused, **with_state(make))
+        if not fused or not has_kernels(make):
             # What has no values is stepped without a look at them, as by torch.
             for p in model.parameters():
                 p.grad = torch.empty_like(p)
             optimizer.step()
-            assert optimizer.state[model.weight]["momentum_buffer"].is_meta
+            assert all(optimizer.state[model.weight][name].is_meta for name in slots_of(make))
             optimizer.zero_grad()
             optimizer.state.clear()
         model.to_empty(device=DEVICE)
@@ -336,17 +398,18 @@ def test_parameters_on_the_meta_device(make, fused, swapped):
         model(torch.ones(3, 7)).sum().backward()
         optimizer.step()
         # As of torch's optimizers, the parameters are those on the meta device if they were not swapped.
-        want = 1 - 0.1 * (3 + 0.1) if swapped else 1.0
         for p in model.parameters():
-            torch.testing.assert_close(p.detach(), torch.full_like(p, want))
+            want = _after_one_step(optimizer, 1.0, 3.0, *p.shape) if swapped else torch.ones_like(p).double()
+            torch.testing.assert_close(p.detach().double(), want, rtol=0, atol=1e-6)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def test_fused_true_refuses_to_step_meta_parameters():
+@KERNELS
+def test_fused_true_refuses_to_step_meta_parameters(make):
     p = torch.nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
-    optimizer = regfused.SGD([p], lr=0.1, fused=True)
+    optimizer = make([p], lr=0.1, fused=True)
     # The words are torch's, up to the colon.
     message = (
         "`fused=True` requires all the params to be floating point Tensors.*parameter 0 of group 0 is on device meta"

@@ -226,3 +226,9 @@ class AdamW(Adam, torch.optim.AdamW):
             fused=fused,
             decoupled_weight_decay=True,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's AdamW, which stays one whatever the checkpoint says."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
