@@ -39,6 +39,7 @@ class StepOnCuda : public StepAsyncDevice {
   StepJob job(const StepWork& work, const StepScalars& scalars) const;
   void launch(StepPass pass, const StepWork& work, const StepJob& job, const char* operation);
   void shrink(const StepWork& work);
+  SliceDeviceMetric* metrics() const;
   void gather(const std::vector<at::Tensor>& partials_of_all);
   at::Tensor allocate(size_t bytes) const;
   void replace(at::Tensor& old, at::Tensor by);
