@@ -10,6 +10,7 @@ from regfused.dropout import Dropout, dropout
 from regfused.max_norm import constrain_max_norm_
 from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
+from regfused.schedule import OptionScheduler, ramp, warmup
 from regfused.sgd import SGD
 from regfused.sparsity import sparsity
 
@@ -18,6 +19,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Dropout",
+    "OptionScheduler",
     "build_info",
     "clip_grad_norm_",
     "constrain_max_norm_",
@@ -26,6 +28,8 @@ __all__ = [
     "grad_norm",
     "param_groups",
     "penalty",
+    "ramp",
     "reference",
     "sparsity",
+    "warmup",
 ]
