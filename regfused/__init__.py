@@ -8,6 +8,8 @@ from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
 from regfused.dropout import Dropout, dropout
 from regfused.max_norm import constrain_max_norm_
+from regfused.path import path
+from regfused.path_result import RegularizationPath
 from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.sgd import SGD
@@ -18,6 +20,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Dropout",
+    "RegularizationPath",
     "build_info",
     "clip_grad_norm_",
     "constrain_max_norm_",
@@ -25,6 +28,7 @@ __all__ = [
     "elastic_net",
     "grad_norm",
     "param_groups",
+    "path",
     "penalty",
     "reference",
     "sparsity",
