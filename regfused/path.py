@@ -23,6 +23,8 @@ _STARTS = ("zeros", "model")
 _CHECK_EVERY = 10  # steps, in full batch
 _PATIENCE = 10  # checks without progress, until the learning rate is divided
 _DIVISOR = 3.0
+_BELOW = 16.0  # how far below an estimate the search for the largest strength of such a path begins
+_MOST_TRIALS = 30  # of strengths in it
 _DENSE = 5  # times as many steps for the dense model that a path from the model's own weights begins with
 
 
@@ -66,8 +68,8 @@ def path(
     there: ``max|g|/alpha``, or ``max||g_w||/alpha`` over slices; ``tolerance`` is added to it. The path goes down from
     there. In a network with several penalized layers zero is a saddle, which no training leaves. With
     ``start="model"`` the path begins with a dense model, trained from the weights that are there, and goes up, as in
-    Lemhadri, Ruan, Abraham, Tibshirani, LassoNet, 2021; the largest strength is a power of 2 times an estimate, the
-    first at which training from the dense model ends at zero.
+    Lemhadri, Ruan, Abraham, Tibshirani, LassoNet, 2021. The largest strength is then the first at which all of them
+    are zero when strengths are doubled from point to point; on the finer grid of the path a few may be left there.
 
     A point is done when the optimality conditions hold, or after ``steps``. Where the residual of the conditions makes
     no progress for 100 steps (10 passes over batches), the learning rate is divided by 3, until the next point.
@@ -123,7 +125,7 @@ def path(
         >>> result.nonzeros[0], result.nonzeros[1]
         (0, 1)
     """
-    _check(option, batches, data, count, ratio, alpha, l2, start, steps, tolerance, validation)
+    _check(option, batches, data, count, ratio, alpha, l2, group_dim, start, steps, tolerance, validation)
     if strengths is not None:
         strengths = _checked_strengths(strengths)
     names, penalized, others = _split(model, params)
@@ -155,6 +157,7 @@ def _check(
     ratio: Any,
     alpha: Any,
     l2: Any,
+    group_dim: Any,
     start: Any,
     steps: Any,
     tolerance: Any,
@@ -173,6 +176,7 @@ def _check(
     for name, value in (("count", count), ("steps", steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"path: {name} must be an int >= 1, but got {value!r}")
+    options.check_group_dim("path", {"group_dim": group_dim, "group_l1": 0.0})
     if not 0 < options.number("path", "ratio", ratio) < 1:
         raise ValueError(f"path: ratio must be > 0 and < 1, but got {ratio}")
     if not 0 < options.number("path", "alpha", alpha) <= 1:
@@ -476,21 +480,23 @@ class _Trainer:
         self.zero()
         gain = self.mean_loss() - with_all
         restore(self.model, dense)
-        # Above it the objective is lower at zero than at the dense model.
-        strength = gain / norm / self.alpha if gain > 0 and norm > 0 else slope
-        factor = 0.5 if self.goes_to_zero(strength, dense) else 2.0
-        for _ in range(30):
-            if self.goes_to_zero(factor * strength, dense) == (factor > 1):
-                strength = max(strength, factor * strength)
+        # Above it the objective is lower at zero than at the dense model. Sparser ones than that hold out longer.
+        strength = (gain / norm / self.alpha if gain > 0 and norm > 0 else slope) / _BELOW
+        for _ in range(_MOST_TRIALS):
+            if not self.goes_to_zero(strength):
                 break
-            strength *= factor
+            strength /= _BELOW
+            restore(self.model, dense)
+            self.fresh_optimizer()
+        for _ in range(_MOST_TRIALS):
+            strength *= 2
+            if self.goes_to_zero(strength):
+                break
         restore(self.model, dense)
         self.fresh_optimizer()
         return strength
 
-    def goes_to_zero(self, strength: float, dense: dict[str, Tensor]) -> bool:
-        restore(self.model, dense)
-        self.fresh_optimizer()
+    def goes_to_zero(self, strength: float) -> bool:
         self.train(strength, self.steps, until_zero=True)
         return self.all_zero()
 
