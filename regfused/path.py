@@ -330,11 +330,18 @@ class _Trainer:
         value = self.evaluate(*arguments)
         if not value.requires_grad:
             raise ValueError("path: loss must depend on the model's parameters, but got a tensor without a gradient")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.detach()
 
     def gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in (*self.penalized, *self.others)]
+
+    def one_gradient(self, looks: bool) -> list[Tensor]:
+        """That of the full batch; as a list, and the loss checked, where somebody looks at it."""
+        value = self.backward(() if self.data is None else (self.data,))
+        if looks:
+            self.finite(float(value))
+        return self.gradients() if looks else []
 
     def one_pass(self, step: bool) -> list[Tensor]:
         """The mean gradient of all batches, with an optimizer step after each or without."""
@@ -403,20 +410,17 @@ class _Trainer:
         lr = self.lr
         self.set_lr(lr)
         best, without_progress = math.inf, 0
-        full_batch = self.batches is None
         demanded = self.tolerance * (scale or strength)
         for step in range(steps + 1):
-            if full_batch:
-                look = step % _CHECK_EVERY == 0 or step == steps
-                value = self.backward((self.data,) if self.data is not None else ())
-                gradients = self.gradients() if look else []
-                if look:
-                    self.finite(float(value))
+            looks = step % _CHECK_EVERY == 0 or step == steps
+            if self.batches is None:
+                gradients = self.one_gradient(looks)
+            elif step < steps:
+                looks = True
+                gradients = self.one_pass(step=True)
             else:
-                look = step > 0
-                gradients = self.one_pass(step=True) if step < steps else []
-                look = step < steps
-            if look:
+                break
+            if looks:
                 residual = self.residual(gradients, strength)
                 if residual <= demanded or (until_zero and self.all_zero()):
                     return step, residual <= demanded
@@ -426,7 +430,7 @@ class _Trainer:
                     lr /= _DIVISOR
                     self.set_lr(lr)
                     without_progress = 0
-            if full_batch and step < steps:
+            if self.batches is None and step < steps:
                 self.optimizer.step()
         return steps, False
 

@@ -264,14 +264,14 @@ def test_modes_and_buffers(data):
     assert torch.equal(result.states[0]["0.running_mean"], model[0].running_mean)
 
 
-@pytest.mark.parametrize("params", (["0.*"], "0.weight", "the tensor"))
+@pytest.mark.parametrize("params", (["0.w*"], "0.weight", "the tensor"))
 def test_chosen_parameters(params, digits):
     """Inputs that a network looks at: the first layer alone, from zeros."""
     model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 10))
     torch.nn.init.normal_(model[2].weight)
     chosen = [model[0].weight] if params == "the tensor" else params
     result = quiet(model, entropy, digits[0], params=chosen, option="group_l1", group_dim=1, count=3, steps=30)
-    assert result.names == (("0.weight", "0.bias") if params == ["0.*"] else ("0.weight",)) or params == ["0.*"]
+    assert result.names == ("0.weight",)
     assert result.group_count == 64
     assert result.groups[0] == 0 < result.groups[-1]
 
