@@ -140,7 +140,7 @@ def path(
         if strengths is None:
             strengths = [largest * ratio ** (i / max(count - 1, 1)) for i in range(count)]
         points = _Points(trainer, validation, greater_is_better, keep, len(strengths))
-        order = range(len(strengths)) if start == "zeros" else reversed(range(len(strengths)))
+        order = range(len(strengths))[:: 1 if start == "zeros" else -1]
         with _report(progress, len(strengths)) as report:
             for i in order:
                 report(points.add(i, strengths[i], *trainer.train(strengths[i], steps)))
