@@ -8,6 +8,8 @@ from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
 from regfused.dropout import Dropout, dropout
 from regfused.max_norm import constrain_max_norm_
+from regfused.path import path
+from regfused.path_result import RegularizationPath
 from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.schedule import OptionScheduler, ramp, warmup
@@ -20,6 +22,7 @@ __all__ = [
     "AdamW",
     "Dropout",
     "OptionScheduler",
+    "RegularizationPath",
     "build_info",
     "clip_grad_norm_",
     "constrain_max_norm_",
@@ -27,6 +30,7 @@ __all__ = [
     "elastic_net",
     "grad_norm",
     "param_groups",
+    "path",
     "penalty",
     "ramp",
     "reference",
