@@ -42,6 +42,10 @@ if hypothesis:
 if OTHER_DEVICE:
     torch.set_default_device(OTHER_DEVICE)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker: with more they wait for each other most of the time. Tests of threads set their number.
+    torch.set_num_threads(1)
+
 from step_cases import ON_CUDA_KERNELS  # noqa: E402
 
 import regfused  # noqa: E402
@@ -56,7 +60,7 @@ def is_about_the_reference(item):
     """Whether a test runs nothing that is compiled: the optimizer in it is the one in torch operations."""
     make = item.callspec.params.get("make") if hasattr(item, "callspec") else None
     of_the_reference = str(getattr(make, "__module__", "")).startswith(regfused.reference.__name__)
-    return item.get_closest_marker("reference") is not None or of_the_reference or "_twin_SGD_" in item.name
+    return item.get_closest_marker("reference") is not None or of_the_reference or "_twin_" in item.name
 
 
 def pytest_collection_modifyitems(config, items):

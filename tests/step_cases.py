@@ -323,6 +323,10 @@ class SgdMove:
             u = d + o["momentum"] * b if o["nesterov"] else b
         return (u if o["classical_momentum"] else o["lr"] * u), o["lr"], state
 
+    @staticmethod
+    def length(state, o, dtype=torch.float64):
+        return o["lr"]
+
 
 class AdamMove:
     """What Adam makes of d, in float64."""
@@ -343,7 +347,15 @@ class AdamMove:
         if o["amsgrad"]:
             v = new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", zero), v)
         length = o["lr"] / (torch.sqrt(v / (1 - beta2**t)) + o["eps"])
-        return length * m / (1 - beta1**t), o["lr"] if o["decoupled_proximal"] else length, new
+        return length * m / (1 - beta1**t), AdamMove.length(new, o), new
+
+    @staticmethod
+    def length(state, o, dtype=torch.float64):
+        """Of the step, with the second moment as it is stored."""
+        if o["decoupled_proximal"]:
+            return o["lr"]
+        v = state["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].to(dtype).double()
+        return o["lr"] / (torch.sqrt(v / (1 - o["betas"][1] ** float(state["step"]))) + o["eps"])
 
 
 def move_of(make_optimizer):
@@ -400,6 +412,7 @@ class Oracle:
                 shrunk = torch.maximum(p.abs() - length * o["l1"], torch.zeros_like(p))
                 p = torch.sign(p) * shrunk / (1 + 2 * length * o["l2"])
             if o["group_l1"] != 0:
+                length = self.rule.gain(o) * self.rule.length(state, o, self.dtype)
                 if o["proximal"]:
                     length = length / (1 + 2 * length * o["l2"])
                 p = p.to(self.dtype).double()
@@ -468,11 +481,10 @@ def check_against_oracle(make_optimizer, params, options, steps=3, witness=None)
                 if name == "param":
                     bound = bound + (up[i] - down[i]).abs()
                 if name == "param" and storage > arithmetic:
-                    # The group lasso takes away k*lr*group_l1 at most of what was rounded to storage before, where the
-                    # oracle may have come down on the other side of a tie.
-                    gain = oracle.rule.gain(oracle.o)
-                    bound = bound + 2 * storage * gain * oracle.o["lr"] * oracle.o["group_l1"]
-                    bound = bound + (2 * storage if oracle.o["group_l1"] else 0) * expected.abs()
+                    # What the group lasso shrinks was rounded to storage before, where the oracle may have come down on
+                    # the other side of a tie: an element of this size.
+                    of_tie = old[i].abs() + oracle.o["lr"] * (4 + grads[i].abs()) + expected.abs()
+                    bound = bound + (2 * storage if oracle.o["group_l1"] else 0) * of_tie
                 wrong = (got.double() - expected).abs() > bound
                 assert not wrong.any(), (
                     f"step {step}, tensor {i} of {p.numel()} elements, {name}: {int(wrong.sum())} elements are off, "

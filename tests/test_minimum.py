@@ -89,7 +89,7 @@ def test_linear_models(module, way, ratio, data):
 
 
 @KINDS
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("AdamW", "SGD, classical nesterov")])
 def test_multi_task_lasso(module, way, data):
     inputs, _ = data
     random = np.random.default_rng(1)

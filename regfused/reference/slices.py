@@ -27,11 +27,11 @@ def shrink_slices(tensor: Tensor, lengths: Tensor | float, dim: int | None) -> T
 
     Args:
         tensor: of slices along ``dim``, as in `slice_norms`.
-        lengths: strength of the group lasso times the length of the step: a number or a 0-dim tensor, or a tensor of
+        lengths: strength of the group lasso times the length of the step: a number or a tensor of one, or a tensor of
             the shape of ``tensor``, in the metric of a step that has another length for each element.
     """
-    if not isinstance(lengths, Tensor) or lengths.dim() == 0:
-        return _scaled(tensor, lengths, dim)
+    if not isinstance(lengths, Tensor) or lengths.numel() == 1:
+        return _scaled(tensor, lengths.reshape(()) if isinstance(lengths, Tensor) else lengths, dim)
     others = [d for d in range(tensor.dim()) if dim is None or d != dim % tensor.dim()]
     q, a = tensor.double(), lengths.double()
     if not others:
