@@ -12,6 +12,7 @@ from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.schedule import OptionScheduler, ramp, warmup
 from regfused.sgd import SGD
+from regfused.shrink import shrink
 from regfused.sparsity import sparsity
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "penalty",
     "ramp",
     "reference",
+    "shrink",
     "sparsity",
     "warmup",
 ]
