@@ -193,6 +193,9 @@ class Flow(fx.Interpreter):
             self.stay(inputs, f"they go into {self.names[module]} along another dimension")
             given = _Channels(dim, [], torch.full((size,), torch.nan, dtype=torch.float64))
         foldable = ~given.values.isnan() & ((given.values == 0) | (not _pads_with_zeros(module)))
+        if groups > 1 and not given.ids:
+            self.left[module] = "it reads channels of which nothing is known"
+            return None
         padded = f"they are constants other than 0, and {self.names[module]} pads with zeros"
         plan = self.plans[module] = _Plan(self.names[module], columns=given.ids, constants=given.values)
         if groups > 1:
@@ -200,7 +203,7 @@ class Flow(fx.Interpreter):
             plan.varies = (weight != 0).flatten(1).any(1) & ~foldable
             self.stay_where(plan.varies & ~given.values.isnan(), given.ids, padded)
             plan.rows = given.ids
-            return _Channels(dim, plan.rows, folded.where(~plan.varies, torch.nan)) if plan.rows else None
+            return _Channels(dim, plan.rows, folded.where(~plan.varies, torch.nan))
         self.stay_where(given.values.isnan(), given.ids, "")
         self.stay_where(~given.values.isnan() & ~foldable, given.ids, padded)
         folded = weight.sum(2) @ given.values.where(foldable, 0) + bias

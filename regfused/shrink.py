@@ -83,7 +83,7 @@ def shrink(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Shrunk:
 
     Raises:
         TypeError: for something else than a module.
-        ValueError: for a model that ``torch.fx`` cannot trace, naming the operation.
+        ValueError: for a model that ``torch.fx`` cannot trace, naming the operation, or ``copy.deepcopy`` cannot copy.
         RuntimeError: if the smaller model fails on the example input, or its outputs differ by more than the square
             root of the dtype's epsilon times the largest of them: its code depends on the number of channels.
 
@@ -101,7 +101,13 @@ def shrink(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Shrunk:
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink: expected a module, but got a {type(model).__name__}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    smaller = copy.deepcopy(model)
+    try:
+        smaller = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"shrink: the model must be one that copy.deepcopy can copy; where a weight is computed by a hook, make it "
+            f"a parameter first (torch.nn.utils.prune.remove, remove_weight_norm): {error}"
+        ) from error
     modes = [(module, module.training) for module in smaller.modules()]
     smaller.eval()
     graph, root = _traced(smaller, inputs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 import regfused
 from regfused.shrink import LayerRows, Shrunk
@@ -322,6 +324,11 @@ def test_ways_through_a_model(case):
     assert {name: rows(result)[name][1] for name in left} == left and result.report.stays == ()
 
 
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    return layer
+
+
 SHARED = nn.Linear(6, 6)
 NOT_CUT = {
     "used twice": (
@@ -357,6 +364,25 @@ NOT_CUT = {
         dict(a=nn.Linear(6, 6), b=nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), head=nn.Linear(6, 2)),
         ("a: 2 zero rows stay: they go into b, and its weights are computed, or its class is not one of torch.nn",),
     ),
+    "depthwise on the input": (
+        lambda m, x: m.head(m.a(x[:, :, None])[:, :, 0]),
+        dict(a=nn.Conv1d(6, 6, 1, groups=6), head=nn.Linear(6, 2)),
+        ("a: 2 zero filters stay: it reads channels of which nothing is known",),
+    ),
+    "groups": (
+        lambda m, x: m.head(m.a(x[:, :, None])[:, :, 0]),
+        dict(a=nn.Conv1d(6, 6, 1, groups=2), head=nn.Linear(6, 2)),
+        ("a: 2 zero filters stay: it has groups",),
+    ),
+    "hooks": (
+        lambda m, x: m.head(m.a(x)),
+        dict(a=hooked(nn.Linear(6, 6)), head=nn.Linear(6, 2)),
+        ("a: 2 zero rows stay: it has hooks",),
+    ),
+    "inside a module of torch": (
+        lambda m, x: m.a(x), dict(a=nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)),
+        ("a.linear1: 2 zero rows stay: it is not called on its own",),
+    ),
     "output": (lambda m, x: m.a(x), dict(a=nn.Linear(6, 6)), ("a: 2 zero rows stay: they are outputs of the model",)),
 }  # fmt: skip
 
@@ -366,7 +392,8 @@ def test_what_stays_and_why(case):
     function, modules, stays = NOT_CUT[case]
     model = copy.deepcopy(Calls(function, **modules)).double().eval()
     for name in {"a", "shared"} & set(modules):
-        zero(getattr(model, name), [0, 3])
+        layer = getattr(model, name)
+        zero(getattr(layer, "linear1", layer), [0, 3])
     result = shrunk(model, torch.randn(2, 6, dtype=DOUBLE))
     assert result.report.stays == stays
     assert result.report.parameters_after == result.report.parameters_before
@@ -386,6 +413,15 @@ def test_what_cannot_be_traced(function, words):
         regfused.shrink(model, torch.ones(2, 6))
     assert all(word in str(raised.value) for word in words), raised.value
     assert model.training and model.a.weight.shape == (6, 6)
+
+
+def test_a_pruned_model_is_asked_to_be_made_permanent():
+    model = mlp(4, 8, 2)
+    prune.ln_structured(model[0], "weight", 3, n=2, dim=0)
+    with pytest.raises(ValueError, match="prune.remove"):
+        regfused.shrink(model, torch.randn(2, 4, dtype=DOUBLE))
+    prune.remove(model[0], "weight")
+    assert rows(shrunk(model, torch.randn(2, 4, dtype=DOUBLE)))["0"] == (8, 5)
 
 
 def test_code_that_depends_on_the_number_of_channels():
@@ -453,3 +489,11 @@ def test_zeros_that_training_made():
     (_, first), (_, second), _ = rows(result).values()
     assert second == 6 - zeros[1] and 8 - zeros[0] <= first <= 8
     assert result.report.parameters_after < result.report.parameters_before
+
+
+def test_the_page_about_it_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "zeros.md").read_text()
+    scope: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    assert "multiply-adds" in capsys.readouterr().out
+    assert scope["result"].report.parameters_after < scope["result"].report.parameters_before / 2
