@@ -16,8 +16,8 @@ from torch.nn import functional
 from regfused import reference
 from regfused.dropout import dropout
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-LAYERS = (nn.Linear, *CONVOLUTIONS)
+CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # What acts on each element alone. Names are those of functions and methods, and those of modules in lower case.
 OF_ELEMENTS = """
@@ -34,25 +34,12 @@ UPSAMPLING = {"upsample", "interpolate"}
 RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
 MEANS = {"mean", "amax"}
 ABOUT_SHAPE = {"size", "dim"}
-NAMES = (
-    ELEMENTWISE
-    | set(DROPOUTS)
-    | ARITHMETIC
-    | POOLS
-    | UPSAMPLING
-    | RESHAPES
-    | MEANS
-    | {"permute", "transpose", "cat", "concat"}
-)
-FUNCTIONS = {
+OTHERS = {"permute", "transpose", "cat", "concat"}
+FUNCTIONS: dict[Any, str] = {
     getattr(space, spelled): name
-    for name in NAMES
-    for space, spellings in (
-        (torch, (name, name + "_")),
-        (functional, (name, name + "_")),
-        (operator, (name, "i" + name)),
-    )
-    for spelled in spellings
+    for name in ELEMENTWISE.union(DROPOUTS, ARITHMETIC, POOLS, UPSAMPLING, RESHAPES, MEANS, OTHERS)
+    for space in (torch, functional, operator)
+    for spelled in ((name, "i" + name) if space is operator else (name, name + "_"))
     if hasattr(space, spelled)
 }
 FUNCTIONS |= {dropout: "dropout", reference.dropout: "dropout"}
@@ -86,10 +73,10 @@ class Flow(fx.Interpreter):
         self.model = model
         self.channels: dict[fx.Node, _Channels] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.same: list[int] = []  # a forest: channels that must go together have the same root
-        self.reasons: list[
-            tuple[list[int], str]
-        ] = []  # channels that must stay, and why; "" where they are not constant
+        # A forest: channels that must go together have the same root.
+        self.same: list[int] = []
+        # Channels that must stay, and why; "" where they are not constant.
+        self.reasons: list[tuple[list[int], str]] = []
         self.plans: dict[nn.Module, _Plan] = {}
         self.left: dict[nn.Module, str] = {}
         self.names = {module: name for name, module in model.named_modules()}
@@ -123,14 +110,11 @@ class Flow(fx.Interpreter):
     def call(self, n: fx.Node, inputs: list[fx.Node]) -> _Channels | None:
         """The channels of the result. None, and those of the inputs must stay, where nothing is known of it."""
         function: Callable[..., Any]
-        given = (
-            self.channels[inputs[0]]
-            if inputs and [i for i in n.all_input_nodes if i in self.shapes] == inputs[:1]
-            else None
-        )
+        alone = [i for i in n.all_input_nodes if i in self.shapes] == inputs[:1]
+        given = self.channels[inputs[0]] if inputs and alone else None
         result = None
         if n.op == "call_module":
-            module = self.module.get_submodule(n.target)
+            module: Any = self.module.get_submodule(str(n.target))
             name, function, label = type(module).__name__.lower(), module, self.names[module]
             why = self.why_left(module)
             if why:
@@ -220,8 +204,8 @@ class Flow(fx.Interpreter):
                 x = x.clamp(min=0) + _numbers(module.weight) * x.clamp(max=0)
             known = x is not None
         else:
-            known = x is not None and module.running_var is not None
-            if known:
+            known = module.running_var is not None
+            if known and x is not None:
                 x = (x - _numbers(module.running_mean)) / (_numbers(module.running_var) + module.eps).sqrt()
                 if module.affine:
                     weight = _numbers(module.weight)
@@ -257,11 +241,12 @@ class Flow(fx.Interpreter):
         return _Channels(one.dim, one.ids, _finite(x))
 
     def concatenated(self, n: fx.Node) -> _Channels | None:
-        nodes, dim = n.args[0] if n.args else None, n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else 0)
+        nodes = n.args[0] if n.args else None
+        dim: Any = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else 0)
         if not isinstance(nodes, (list, tuple)) or any(a not in self.channels for a in nodes):
             return None
         parts = [self.channels[a] for a in nodes]
-        dim = dim % len(self.shapes[n])  # type: ignore[operator]
+        dim = dim % len(self.shapes[n])
         if any(part.dim != dim for part in parts):
             return None
         return _Channels(dim, [i for part in parts for i in part.ids], torch.cat([part.values for part in parts]))
@@ -284,15 +269,15 @@ class Flow(fx.Interpreter):
     def moved(self, name: str, n: fx.Node, given: _Channels) -> _Channels | None:
         """Means over other dimensions, and the same elements in another shape."""
         before, after, d = self.shapes[n.all_input_nodes[0]], self.shapes[n], given.dim
-        args = list(n.args[1:])
+        args: list[Any] = list(n.args[1:])
         if args and isinstance(args[0], list | tuple):
             args = list(args[0])
         if name in MEANS:
-            dims = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+            dims: Any = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
             dims = [dims] if isinstance(dims, int) else dims
-            if not isinstance(dims, list | tuple) or d in [i % len(before) for i in dims]:  # type: ignore[operator]
+            if not isinstance(dims, list | tuple) or d in [i % len(before) for i in dims]:
                 return None
-            gone = sum(i % len(before) < d for i in dims) if len(after) < len(before) else 0  # type: ignore[operator]
+            gone = sum(i % len(before) < d for i in dims) if len(after) < len(before) else 0
             return _Channels(d - gone, given.ids, given.values)
         if name in ("permute", "transpose"):
             if not args or not all(isinstance(a, int) for a in args):
@@ -346,25 +331,26 @@ class Flow(fx.Interpreter):
                         sources[self.root(i)].append(plan.name)
         varying = {self.root(i) for ids, why in self.reasons if not why for i in ids}
         messages = []
-        for name, module in self.model.named_modules():
-            if not isinstance(module, LAYERS):
-                continue
-            plan, zero = self.plans.get(module), (_numbers(module.weight) == 0).flatten(1).all(1)
-            count: Counter[str] = Counter()
-            kind = "row" if isinstance(module, nn.Linear) else "filter"
-            if plan is None:
-                count[self.left.get(module, "it is not called on its own")] += int(zero.sum())
-            else:
-                for i in [i for i, is_zero in zip(plan.rows, zero.tolist(), strict=True) if is_zero]:
-                    if (root := self.root(i)) in stay:
-                        others = [other for other in sources.get(root, []) if other != name]
-                        added = f"they are added to {', '.join(others[:3])}, whose {kind}s are not zero"
+        for name, layer in layers_of(self.model):
+            zero = (_numbers(layer.weight) == 0).flatten(1).all(1).nonzero().flatten().tolist()
+            kind = "row" if isinstance(layer, nn.Linear) else "filter"
+            whys = [self.left.get(layer, "it is not called on its own")] * len(zero)
+            if layer in self.plans:
+                whys = []
+                for root in [self.root(self.plans[layer].rows[i]) for i in zero]:
+                    others = ", ".join([other for other in sources.get(root, []) if other != name][:3])
+                    added = f"they are added to {others}, whose {kind}s are not zero"
+                    if root in stay:
                         why = added if others and root in varying else stay[root]
-                        count[why or "they are not constant where they are read"] += 1
-            for why, n in count.items():
-                if n:
-                    messages.append(f"{name}: {n} zero {kind}{' stays' if n == 1 else 's stay'}: {why}")
+                        whys.append(why or "they are not constant where they are read")
+            for why, n in Counter(whys).items():
+                messages.append(f"{name}: {n} zero {kind}{' stays' if n == 1 else 's stay'}: {why}")
         return messages
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """All Linear and convolutions, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
 
 def _resize(module: Any, plan: _Plan, keep_rows: list[bool], keep_columns: list[bool]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from regfused.channels import LAYERS, Flow
+from regfused.channels import Flow, layers_of
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _rows(model: nn.Module) -> dict[str, int]:
-    return {name: module.weight.shape[0] for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    return {name: layer.weight.shape[0] for name, layer in layers_of(model)}
 
 
 def _clones(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -176,8 +176,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, int]:
         nonlocal total
         total += output.numel() * module.weight[0].numel()
 
-    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
-    handles = [layer.register_forward_hook(add) for layer in layers]
+    handles = [layer.register_forward_hook(add) for _, layer in layers_of(model)]
     try:
         return model(*_clones(inputs)), total
     finally:
