@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from training import Task, digits_task
 
 import regfused
@@ -62,28 +62,6 @@ def linear_layers(model: nn.Sequential) -> list[nn.Linear]:
     return [layer for layer in model if isinstance(layer, nn.Linear)]
 
 
-@torch.no_grad()
-def without_zero_rows(model: nn.Sequential) -> nn.Sequential:
-    """The same function of its inputs, in smaller layers.
-
-    A unit whose row of weights is zero gives ``relu(bias)`` for every input. The layer after it takes that constant
-    into its own bias, and the unit goes: its row here, its column there.
-    """
-    smaller = copy.deepcopy(model)
-    layers = linear_layers(smaller)
-    for layer, after in pairwise(layers):
-        zero = (layer.weight == 0).all(dim=1)
-        after.bias += after.weight[:, zero] @ layer.bias[zero].relu()
-        resize(layer, layer.weight[~zero], layer.bias[~zero])
-        resize(after, after.weight[:, ~zero], after.bias)
-    return smaller
-
-
-def resize(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-
-
 def layers_table(task: Task, models: dict[str, nn.Sequential]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for column in ("", "layers", "parameters", f"test {task.score_name}"):
@@ -110,11 +88,11 @@ def main(
     trained = copy.deepcopy(models["at the start"])
     for _ in track(train(trained, task, recipe), "training", recipe.epochs, console=console, transient=True):
         pass
-    models |= {"trained": trained, "without zero rows": without_zero_rows(trained)}
+    inputs = task.train.tensors[0]
+    models |= {"trained": trained, "without zero rows": regfused.shrink(trained, inputs[:1]).model}
     console.print(str(regfused.sparsity(trained)), highlight=False, soft_wrap=True)
     console.print()
     console.print(layers_table(task, models))
-    inputs = task.train.tensors[0]
     with torch.no_grad():
         difference = (models["trained"](inputs) - models["without zero rows"](inputs)).abs().max().item()
     console.print(f"\nLargest difference of an output after the zero rows are gone: {difference:.0e}", highlight=False)

@@ -14,6 +14,7 @@ from regfused.penalties import elastic_net, param_groups
 from regfused.penalty import penalty
 from regfused.schedule import OptionScheduler, ramp, warmup
 from regfused.sgd import SGD
+from regfused.shrink import shrink
 from regfused.sparsity import sparsity
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "penalty",
     "ramp",
     "reference",
+    "shrink",
     "sparsity",
     "warmup",
 ]

@@ -46,26 +46,27 @@ def test_rows_become_zero_and_the_network_still_knows_digits(trained):
 def test_smaller_layers_and_the_same_outputs(prune, trained):
     task, model = trained
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    smaller = prune.without_zero_rows(model)
+    inputs = task.train.tensors[0]
+    smaller = regfused.shrink(model, inputs[:1]).model
     for layer, small in zip(prune.linear_layers(model)[:-1], prune.linear_layers(smaller)[:-1], strict=True):
         zero = int((layer.weight == 0).all(dim=1).sum())
         assert small.out_features == layer.out_features - zero == len(small.weight) == len(small.bias)
         assert (small.weight != 0).any(dim=1).all()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # In float64 the two are the same function up to the order of a sum of some 100 terms.
-    inputs = task.train.tensors[0].double()
-    model, smaller = model.double(), prune.without_zero_rows(model.double())
+    inputs = inputs.double()
+    model, smaller = model.double(), regfused.shrink(model.double(), inputs[:1]).model
     torch.testing.assert_close(model(inputs), smaller(inputs), rtol=0, atol=1e-12)
     model.float()
 
 
-def test_a_constant_unit_moves_into_the_bias_after_it(prune):
+def test_a_constant_unit_moves_into_the_bias_after_it():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
     with torch.no_grad():
         model[0].weight[1:3] = 0
         model[0].bias.copy_(torch.tensor([0.1, 2.0, -3.0, 0.2]))
-    smaller = prune.without_zero_rows(model)
+    smaller = regfused.shrink(model, torch.zeros(1, 3, dtype=torch.float64)).model
     assert [tuple(p.shape) for p in smaller.parameters()] == [(2, 3), (2,), (2, 2), (2,)]
     x = torch.randn(50, 3, dtype=torch.float64)
     torch.testing.assert_close(smaller(x), model(x), rtol=0, atol=1e-14)
