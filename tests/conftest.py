@@ -43,7 +43,7 @@ if OTHER_DEVICE:
     torch.set_default_device(OTHER_DEVICE)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread for each worker: with more they wait for each other most of the time. Tests of threads set their number.
+    # One thread for each worker: with more they mostly wait for each other. Tests of threads set their number.
     torch.set_num_threads(1)
 
 from step_cases import ON_CUDA_KERNELS  # noqa: E402
