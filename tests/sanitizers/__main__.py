@@ -35,6 +35,7 @@ TESTS = (
 LEFT_OUT = (
     *("test_step_cuda", "test_step_gpu"),  # all of it would be skipped
     "test_step_contract",  # what torch asks of Python; too long for what it runs of the kernels
+    *("test_step_checkpoints", "test_step_errors", "test_step_rounding", "test_step_hooks"),  # likewise
     *("fsdp2", "in_the_rules"),  # these run processes that have other code
     "(test_step_parity and same_bits)",  # the program does that in less time
 )
