@@ -35,7 +35,7 @@ void constrain_with_kernels(at::TensorList params, double max_norm, std::optiona
     while (d < devices.size() && devices[d].first != device) ++d;
     if (d == devices.size()) devices.push_back({device, {}});
     devices[d].second.push_back(
-        {param.data_ptr(), dtype_of(param), SliceRule::max_norm, slices_along(param, dim), max_norm});
+        {param.data_ptr(), dtype_of(param), SliceRule::max_norm, slices_along(param, dim), max_norm, {}});
   }
   TORCH_CHECK_VALUE(!any_overlap(std::move(memory)),
                     "regfused::constrain_max_norm_: params must share no memory, but two of them do");

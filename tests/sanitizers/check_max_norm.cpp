@@ -18,7 +18,7 @@ void check(const std::vector<SliceLayout>& layouts, double bound) {
     std::vector<Array> shrunk = params;
     std::vector<SliceTensor> rows;
     for (size_t t = 0; t < shrunk.size(); ++t)
-      rows.push_back({shrunk[t].data(), shrunk[t].dtype(), SliceRule::max_norm, layout_of[t], bound});
+      rows.push_back({shrunk[t].data(), shrunk[t].dtype(), SliceRule::max_norm, layout_of[t], bound, {}});
     shrink_slices({}, rows);
     return shrunk;
   });
