@@ -260,8 +260,11 @@ def test_a_proximal_step_shrinks_and_never_crosses_zero(rule, data, dtype, size,
     make(with_penalty, **chosen).step()
     make(without, **{**chosen, "l1": 0.0, "l2": 0.0}).step()
     shrunk, plain = with_penalty[0].detach(), without[0].detach()
-    assert bool((shrunk.abs() <= plain.abs()).all())
-    assert bool((shrunk * plain.sign() >= 0).all())
+    # Without eps a direction of 0 makes 0/0 of Adam's move, as in torch.
+    finite = plain.isfinite()
+    assert bool(finite.all()) or chosen.get("eps") == 0
+    assert bool((shrunk.abs() <= plain.abs())[finite].all())
+    assert bool((shrunk * plain.sign() >= 0)[finite].all())
     if chosen["l1"] > 0 and chosen.get("decoupled_proximal", True):
         # A rounding of the arithmetic and one of the storage decide about elements at the threshold alone.
         inside = plain.double().abs() < chosen["lr"] * chosen["l1"] * (1 - 4 * torch.finfo(dtype).eps)
