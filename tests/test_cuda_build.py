@@ -39,7 +39,9 @@ REGISTERS = {
         **{f"upload_kernel<{room}>": 64 for room in ROOMS},
     },
     "slice_launch.cu": {
-        **{f"slice_{does}_kernel<{room}, false>": 64 for room in ROOMS for does in ("measure", "scale")},
+        **{f"slice_scale_kernel<{room}, false>": 64 for room in ROOMS},
+        # The sums in a metric.
+        **{f"slice_measure_kernel<{room}, false>": 128 for room in ROOMS},
         **{f"slice_{does}_kernel<{room}, true>": 128 for room in ROOMS for does in ("measure", "scale")},
         **{f"slice_judge_kernel<{room}>": 64 for room in ROOMS},
     },
@@ -72,9 +74,12 @@ WIDE = {
 # Bytes that a thread may spill: what newer architectures need for addresses leaves Adam's kernels a little short. A few
 # words in the L1 cache, beside the 64 and more that a thread moves in each turn.
 SPILLS = {
-    (f"step_kernel<{room}, Adam, {doubles}>", architecture): 64
+    (name, architecture): 64
     for room in ROOMS
-    for doubles in ("false", "true")
+    for name in (
+        *(f"step_kernel<{room}, Adam, {doubles}>" for doubles in ("false", "true")),
+        f"slice_scale_kernel<{room}, false>",
+    )
     for architecture in (100, 120)
 }
 

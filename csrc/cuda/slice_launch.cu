@@ -19,8 +19,9 @@ constexpr int kBlocksPerMultiprocessor = kDoubles ? 2 : 4;
 // A block takes more than one piece only where there are more pieces than this.
 constexpr int64_t kMostBlocks = int64_t(1) << 20;
 
+// The sums in a metric, of as many columns as one access has, need more than 64 registers in any type.
 template <size_t kBytes, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<true>)
     slice_measure_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
   slice_measure<kDoubles>(SliceTensors(arguments.job, arguments.tensors));
 }
