@@ -39,9 +39,14 @@ REGISTERS = {
         **{f"upload_kernel<{room}>": 64 for room in ROOMS},
     },
     "slice_launch.cu": {
-        **{f"slice_scale_kernel<{room}, false>": 64 for room in ROOMS},
-        # The sums in a metric.
-        **{f"slice_measure_kernel<{room}, false>": 128 for room in ROOMS},
+        **{f"slice_{does}_kernel<{room}, false>": 64 for room in ROOMS for does in ("measure", "scale")},
+        # In the metric of a step.
+        **{
+            f"slice_{does}_kernel<{room}, {doubles}>": 128
+            for room in ROOMS
+            for does in ("sum", "shrink")
+            for doubles in ("false", "true")
+        },
         **{f"slice_{does}_kernel<{room}, true>": 128 for room in ROOMS for does in ("measure", "scale")},
         **{f"slice_judge_kernel<{room}>": 64 for room in ROOMS},
     },
@@ -68,18 +73,18 @@ WIDE = {
     "slice_launch.cu": {
         **{f"slice_measure_kernel<{room}, false>": (3 * 2 * 2, 0) for room in ROOMS},
         **{f"slice_scale_kernel<{room}, false>": (3 * 2, 3 * 2) for room in ROOMS},
+        # Of the parameter and of the second moment.
+        **{f"slice_sum_kernel<{room}, false>": (3 * 2 * (2 + 1), 0) for room in ROOMS},
+        **{f"slice_shrink_kernel<{room}, false>": (3 * 2 * 2, 3 * 2) for room in ROOMS},
     },
 }
 
 # Bytes that a thread may spill: what newer architectures need for addresses leaves Adam's kernels a little short. A few
 # words in the L1 cache, beside the 64 and more that a thread moves in each turn.
 SPILLS = {
-    (name, architecture): 160
+    (f"step_kernel<{room}, Adam, {doubles}>", architecture): 64
     for room in ROOMS
-    for name in (
-        *(f"step_kernel<{room}, Adam, {doubles}>" for doubles in ("false", "true")),
-        f"slice_scale_kernel<{room}, false>",
-    )
+    for doubles in ("false", "true")
     for architecture in (100, 120)
 }
 

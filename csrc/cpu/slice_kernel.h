@@ -194,9 +194,10 @@ struct MetricRows {
   }
 };
 
-// weights: of each element, with room for whole rows; those of a slice that lies in a chunk are made once.
-template <class S, class T>
-SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, T* weights) {
+// weights: room for D of each element, in whole rows, where a slice lies in a chunk: there they are made once. Or null.
+template <class S>
+SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, typename Storage<S>::T* weights) {
+  using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   SliceLanes lanes;
@@ -212,8 +213,10 @@ SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n,
   return {lanes.squares.total(), lanes.norm.total(), largest_lane<T>(largest)};
 }
 
-template <class S, class T>
-SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double radius, const T* weights) {
+template <class S>
+SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
+                  const typename Storage<S>::T* weights) {
+  using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   const T r = T(radius);
@@ -226,10 +229,12 @@ SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double ra
   return {lanes.squares.total(), lanes.product(), 0};
 }
 
-template <class S, class T>
-void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radius, const T* weights) {
+template <class S>
+void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
+               const typename Storage<S>::T* weights) {
+  using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  if (radius > 1.7976931348623157e308) return;
+  if (radius > largest_number<double>()) return;
   const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   const T r = T(radius);
   MetricRows<S>(tensor, begin, n)
@@ -252,11 +257,9 @@ void shrink_in_metric(const SliceTensor& tensor, int64_t begin, int64_t n) {
 template <class S>
 void sum_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, const SliceRadius& radius,
                  double* sums, int64_t plane) {
-  using T = typename Storage<S>::T;
-  const T* none = nullptr;
   const SliceSums found = radius.is_beginning()
-                              ? sums_at_beginning<S>(tensor, segment.begin, segment.size, const_cast<T*>(none))
-                              : sums_at<S>(tensor, segment.begin, segment.size, radius.radius, none);
+                              ? sums_at_beginning<S>(tensor, segment.begin, segment.size, nullptr)
+                              : sums_at<S>(tensor, segment.begin, segment.size, radius.radius, nullptr);
   sums[0] = found.squares;
   sums[plane] = found.second;
   sums[2 * plane] = found.largest;
@@ -264,8 +267,7 @@ void sum_segment(const SliceTensor& tensor, const SliceSegments::Segment& segmen
 
 template <class S>
 void shrink_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, const SliceRadius& radius) {
-  const typename Storage<S>::T* none = nullptr;
-  shrink_to<S>(tensor, segment.begin, segment.size, radius.radius, none);
+  shrink_to<S>(tensor, segment.begin, segment.size, radius.radius, nullptr);
 }
 
 // The radius of each column of a tile, from radius_of(i) of its run i.

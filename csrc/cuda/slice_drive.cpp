@@ -111,15 +111,19 @@ void SlicesOnCuda::shrink(const double* skip) {
       const int64_t count = tensor.by_segments ? tensor.segments.layout.count : tensor.columns.layout.count;
       job.judges += terms >= kManyTerms ? count : divided_up(count, kThreads);
     }
-    launch(SlicePass::measure, job, tensors);
+    const auto any = [&](auto condition) { return std::any_of(tensors, tensors + job.tensor_count, condition); };
+    const bool in_metric = any([](const SliceDeviceTensor& t) { return t.second_moment != nullptr; });
+    const bool plain = any([](const SliceDeviceTensor& t) { return t.second_moment == nullptr; });
+    if (plain) launch(SlicePass::measure, job, tensors);
+    if (in_metric) launch(SlicePass::sum, job, tensors);
     launch(SlicePass::judge, job, tensors);
-    job.again = std::any_of(tensors, tensors + job.tensor_count,
-                            [](const SliceDeviceTensor& t) { return t.data && t.second_moment && !is_alone(t); });
+    job.again = any([](const SliceDeviceTensor& t) { return t.data && t.second_moment && !is_alone(t); });
     for (int i = 0; job.again && i < kRadiiOnCuda; ++i) {
-      launch(SlicePass::measure, job, tensors);
+      launch(SlicePass::sum, job, tensors);
       launch(SlicePass::judge, job, tensors);
     }
-    launch(SlicePass::scale, job, tensors);
+    if (plain) launch(SlicePass::scale, job, tensors);
+    if (in_metric) launch(SlicePass::shrink, job, tensors);
   }
 }
 

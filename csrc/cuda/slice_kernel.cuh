@@ -102,15 +102,33 @@ __device__ __forceinline__ bool is_apart(const S* data, const SliceTile& tile) {
          (tile.stride % kPerAccess<S> != 0 && tile.stride < tile.numel);
 }
 
-// f.template operator()<N>(c) so that the threads of the block cover the columns of a tile once, N at a time.
+// f.template operator()<N>(c) so that the threads of the block cover the columns of a tile once, N at a time. `apart`:
+// another array that is accessed has another alignment.
 template <class S, class F>
-__device__ __forceinline__ void for_each_column(const S* data, const SliceTile& tile, const F& f) {
+__device__ __forceinline__ void for_each_column(const S* data, const SliceTile& tile, bool apart, const F& f) {
   constexpr int N = kPerAccess<S>;
-  if (is_apart(data, tile))
+  if (apart || is_apart(data, tile))
     for (int c = int(threadIdx.x); c < tile.columns; c += kThreads) f.template operator()<1>(c);
   else
     for (int c = int(threadIdx.x) * N; c < tile.columns; c += kThreads * N) f.template operator()<N>(c);
 }
+
+// The slice of a column of a tile, and those of the next ones.
+struct SliceOfColumn {
+  int64_t slice, count;
+  int in_run, inner;
+
+  __device__ __forceinline__ SliceOfColumn(const SliceTile& tile, int64_t count, int c)
+      : slice((tile.first_run % count + (tile.offset + c) / int(tile.inner)) % count),
+        count(count),
+        in_run((tile.offset + c) % int(tile.inner)),
+        inner(int(tile.inner)) {}
+  __device__ __forceinline__ void next() {
+    if (++in_run < inner) return;
+    in_run = 0;
+    if (++slice == count) slice = 0;
+  }
+};
 
 // N elements of a row, of which there may be fewer left at the end of the tensor: then the others are as they were.
 template <class S, int N>
@@ -156,7 +174,7 @@ __device__ __forceinline__ void measure_tile(const SliceDeviceTensor& tensor, in
   const SliceTile tile = tensor.columns.tile(piece);
   if (tile.begin >= tile.numel) return;  // beyond the short last row
   const S* data = in_global_memory<S>(tensor.data);
-  for_each_column(data, tile, [&]<int N>(int c) {
+  for_each_column(data, tile, false, [&]<int N>(int c) {
     if (!column_squares<Arithmetic<S>, S, N>(data, tile, c, columns))
       column_squares<double, S, N>(data, tile, c, columns);
   });
@@ -177,22 +195,15 @@ __device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int6
   using T = Arithmetic<S>;
   const SliceTile tile = tensor.columns.tile(piece);
   if (tile.begin >= tile.numel) return;  // beyond the short last row
-  const int64_t count = tensor.columns.layout.count, first_slice = tile.first_run % count;
   S* data = in_global_memory<S>(tensor.data);
-  for_each_column(data, tile, [&]<int N>(int c) {
+  for_each_column(data, tile, false, [&]<int N>(int c) {
     T factors[N];
     bool changes = false;
-    int in_run = (tile.offset + c) % int(tile.inner);
-    int64_t slice = first_slice + (tile.offset + c) / int(tile.inner);
-    if (slice >= count) slice %= count;
+    SliceOfColumn at(tile, tensor.columns.layout.count, c);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      factors[j] = T(tensor.factors[slice]);
+    for (int j = 0; j < N; ++j, at.next()) {
+      factors[j] = T(tensor.factors[at.slice]);
       changes |= factors[j] != 1;
-      if (++in_run == int(tile.inner)) {
-        in_run = 0;
-        if (++slice == count) slice = 0;
-      }
     }
     if (!changes) return;
     S* row = data + tile.begin + c;
@@ -213,18 +224,26 @@ __device__ __forceinline__ void scale_tile(const SliceDeviceTensor& tensor, int6
 
 // --- In a metric: long runs -----------------------------------------------------------------------
 
-// The parts of a metric that all elements share.
-struct MetricOf {
-  const void* second_moment;
-  SliceMetric metric;
-  double bound;
+__device__ __forceinline__ SliceRadius* radii_of(const SliceDeviceTensor& tensor) {
+  return reinterpret_cast<SliceRadius*>(tensor.factors);
+}
+__device__ __forceinline__ bool is_neutral_in_metric(const SliceDeviceTensor& tensor) {
+  return is_neutral(SliceRule::group_lasso, tensor.metric->bound);
+}
 
-  __device__ __forceinline__ explicit MetricOf(const SliceDeviceTensor& tensor)
-      : second_moment(tensor.second_moment),
-        metric{tensor.second_moment, tensor.metric->root, tensor.metric->floor},
-        bound(tensor.metric->bound) {}
+// What the passes over a tensor in a metric work on. The step has left the numbers in the memory of the device.
+template <class S>
+struct MetricTensor {
+  S* q;
+  const S* v;
+  SliceWeight<Arithmetic<S>> weight_of;
+  SliceRadius* radii;  // one for each slice
 
-  __device__ __forceinline__ bool is_neutral() const { return regfused::is_neutral(SliceRule::group_lasso, bound); }
+  __device__ __forceinline__ explicit MetricTensor(const SliceDeviceTensor& tensor)
+      : q(in_global_memory<S>(tensor.data)),
+        v(in_global_memory<S>(const_cast<void*>(tensor.second_moment))),
+        weight_of({tensor.second_moment, tensor.metric->root, tensor.metric->floor}, tensor.metric->bound),
+        radii(radii_of(tensor)) {}
 };
 
 template <class A>
@@ -249,29 +268,33 @@ struct MetricSums {
   __device__ __forceinline__ bool is_exact() const { return regfused::is_exact(squares) && regfused::is_exact(second); }
 };
 
-// f.template operator()<N>(of_q, of_v, i) for the elements of a segment that are this lane's, N at a time.
+// f.template operator()<N>(of_q, of_v, q) for the elements of a segment that are this lane's, N at a time.
 template <class S, class F>
-__device__ __forceinline__ void for_each_of_lane(const S* q, const S* v, int n, const F& f) {
-  for_each_access_of(lane_of_thread(), kWarp, q, n, !same_alignment(q, v), [&]<int N>(int i) {
+__device__ __forceinline__ void for_each_of_lane(const MetricTensor<S>& of, const SliceSegments::Segment& segment,
+                                                 const F& f) {
+  S* q = of.q + segment.begin;
+  const S* v = of.v + segment.begin;
+  const bool apart = !same_alignment<S>(q, v);
+  for_each_access_of(lane_of_thread(), kWarp, q, int(segment.size), apart, [&]<int N>(int i) {
     Pack<S, N> of_q, of_v;
     of_q.load(q + i);
     of_v.load(v + i);
-    f.template operator()<N>(of_q, of_v, i);
+    f.template operator()<N>(of_q, of_v, q + i);
   });
 }
 
 template <class A, class S>
-__device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const S* q, const S* v, int n,
-                                                             const SliceWeight<Arithmetic<S>>& weight_of,
+__device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const MetricTensor<S>& of,
+                                                             const SliceSegments::Segment& segment,
                                                              const SliceRadius& radius) {
   using T = Arithmetic<S>;
   MetricSums<A> sums;
   const bool beginning = radius.is_beginning();
   const T r = T(radius.radius);
-  for_each_of_lane(q, v, n, [&]<int N>(const Pack<S, N>& of_q, const Pack<S, N>& of_v, int) {
+  for_each_of_lane(of, segment, [&]<int N>(const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const T weight = weight_of(widen(of_v.at[j]));
+      const T weight = of.weight_of(widen(of_v.at[j]));
       if (beginning)
         sums.add_at_beginning(widen(of_q.at[j]), weight);
       else
@@ -283,13 +306,12 @@ __device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const S* q, const S
 
 // Of a segment, in all lanes.
 template <class S>
-__device__ __forceinline__ SliceSums metric_sums(const S* q, const S* v, int n,
-                                                 const SliceWeight<Arithmetic<S>>& weight_of,
+__device__ __forceinline__ SliceSums metric_sums(const MetricTensor<S>& of, const SliceSegments::Segment& segment,
                                                  const SliceRadius& radius) {
-  const auto fast = metric_sums_of_lane<Arithmetic<S>, S>(q, v, n, weight_of, radius);
+  const auto fast = metric_sums_of_lane<Arithmetic<S>, S>(of, segment, radius);
   SliceSums sums{double(fast.squares), double(fast.second), double(fast.largest)};
   if (!fast.is_exact()) {
-    const auto exact = metric_sums_of_lane<double, S>(q, v, n, weight_of, radius);
+    const auto exact = metric_sums_of_lane<double, S>(of, segment, radius);
     sums = {exact.squares, exact.second, exact.largest};
   }
   sums.squares = __shfl_sync(0xffffffffu, warp_sum(sums.squares), 0);
@@ -307,25 +329,20 @@ __device__ __forceinline__ void sum_segment(const SliceDeviceTensor& tensor, int
   using T = Arithmetic<S>;
   const int64_t index = piece * kSegmentsOfBlock + warp_of_thread();
   if (index >= tensor.segments.pieces()) return;
-  const MetricOf of(tensor);
-  if (of.is_neutral()) return;
   const SliceSegments::Segment segment = tensor.segments.segment(index);
-  auto* radii = reinterpret_cast<SliceRadius*>(tensor.factors);
+  const MetricTensor<S> of(tensor);
   SliceRadius radius;
-  if (again) radius = radii[segment.slice];
+  if (again) radius = of.radii[segment.slice];
   if (!radius.open) return;
-  const S* q = in_global_memory<S>(tensor.data) + segment.begin;
-  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment)) + segment.begin;
-  const SliceWeight<T> weight_of(of.metric, of.bound);
-  SliceSums sums = metric_sums(q, v, int(segment.size), weight_of, radius);
+  SliceSums sums = metric_sums(of, segment, radius);
   if (tensor.segments.terms() == 1) {  // the whole slice is here
     radius = next_radius(radius, sums, radius_tolerance<T>());
     for (int i = 1; i < kMostRadii && radius.open; ++i) {
-      sums = metric_sums(q, v, int(segment.size), weight_of, radius);
+      sums = metric_sums(of, segment, radius);
       radius = next_radius(radius, sums, radius_tolerance<T>());
     }
     radius.open = false;
-    if (lane_of_thread() == 0) radii[segment.slice] = radius;
+    if (lane_of_thread() == 0) of.radii[segment.slice] = radius;
   } else if (lane_of_thread() == 0) {
     const int64_t plane = tensor.segments.partials();
     tensor.partials[index] = sums.squares;
@@ -339,19 +356,15 @@ __device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, 
   using T = Arithmetic<S>;
   const int64_t index = piece * kSegmentsOfBlock + warp_of_thread();
   if (index >= tensor.segments.pieces()) return;
-  const MetricOf of(tensor);
-  if (of.is_neutral()) return;
   const SliceSegments::Segment segment = tensor.segments.segment(index);
-  const double radius = reinterpret_cast<const SliceRadius*>(tensor.factors)[segment.slice].radius;
+  const MetricTensor<S> of(tensor);
+  const double radius = of.radii[segment.slice].radius;
   if (radius > DBL_MAX) return;
-  const SliceWeight<T> weight_of(of.metric, of.bound);
-  S* q = in_global_memory<S>(tensor.data) + segment.begin;
-  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment)) + segment.begin;
-  for_each_of_lane<S>(q, v, int(segment.size), [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, int i) {
+  for_each_of_lane(of, segment, [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      narrow(slice_shrunk<T>(widen(of_q.at[j]), weight_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
-    of_q.store(q + i);
+      narrow(slice_shrunk<T>(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
+    of_q.store(to);
   });
 }
 
@@ -364,28 +377,11 @@ struct MetricColumns {
       largest[kMostSliceColumns / (sizeof(T) / 4)];
 };
 
-// The slice of a column of a tile, and those of the next ones.
-struct SliceOfColumn {
-  int64_t slice, count;
-  int in_run, inner;
-
-  __device__ __forceinline__ SliceOfColumn(const SliceTile& tile, int64_t count, int c)
-      : slice((tile.first_run % count + (tile.offset + c) / int(tile.inner)) % count),
-        count(count),
-        in_run((tile.offset + c) % int(tile.inner)),
-        inner(int(tile.inner)) {}
-  __device__ __forceinline__ void next() {
-    if (++in_run < inner) return;
-    in_run = 0;
-    if (++slice == count) slice = 0;
-  }
-};
-
 // f.template operator()<N>(of_q, of_v, q, left) row by row of N columns of a tile, from column c on.
 template <class S, int N, class F>
-__device__ __forceinline__ void for_each_row(S* q, const S* v, const SliceTile& tile, int c, const F& f) {
-  q += tile.begin + c;
-  v += tile.begin + c;
+__device__ __forceinline__ void for_each_row(const MetricTensor<S>& of, const SliceTile& tile, int c, const F& f) {
+  S* q = of.q + tile.begin + c;
+  const S* v = of.v + tile.begin + c;
   int64_t left = tile.numel - tile.begin - c;
 #pragma unroll 1
   for (int r = 0; r < tile.rows && left > 0; ++r) {
@@ -400,11 +396,8 @@ __device__ __forceinline__ void for_each_row(S* q, const S* v, const SliceTile& 
 }
 
 template <class S, class F>
-__device__ __forceinline__ void for_each_column(const S* q, const S* v, const SliceTile& tile, const F& f) {
-  if (is_apart(q, tile) || !same_alignment(q, v))
-    for (int c = int(threadIdx.x); c < tile.columns; c += kThreads) f.template operator()<1>(c);
-  else
-    for_each_column(q, tile, f);
+__device__ __forceinline__ void for_each_column(const MetricTensor<S>& of, const SliceTile& tile, const F& f) {
+  for_each_column(of.q, tile, !same_alignment<S>(of.q, of.v), f);
 }
 
 template <class S>
@@ -413,27 +406,22 @@ __device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_
   using T = Arithmetic<S>;
   const SliceTile tile = tensor.columns.tile(piece);
   if (tile.begin >= tile.numel) return;  // beyond the short last row
-  const MetricOf of(tensor);
-  if (of.is_neutral()) return;
-  const auto* radii = reinterpret_cast<const SliceRadius*>(tensor.factors);
-  const SliceWeight<T> weight_of(of.metric, of.bound);
-  S* q = in_global_memory<S>(tensor.data);
-  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment));
-  for_each_column(q, v, tile, [&]<int N>(int c) {
+  const MetricTensor<S> of(tensor);
+  for_each_column(of, tile, [&]<int N>(int c) {
     MetricSums<T> sums[N];
     T radius[N];
     bool open = !again;
     SliceOfColumn at(tile, tensor.columns.layout.count, c);
 #pragma unroll
     for (int j = 0; j < N; ++j, at.next()) {
-      radius[j] = again ? T(radii[at.slice].radius) : T(-1);
-      if (again) open |= radii[at.slice].open;
+      radius[j] = again ? T(of.radii[at.slice].radius) : T(-1);
+      if (again) open |= of.radii[at.slice].open;
     }
     if (open)
-      for_each_row<S, N>(q, v, tile, c, [&](const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*, int64_t) {
+      for_each_row<S, N>(of, tile, c, [&](const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*, int64_t) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const T weight = weight_of(widen(of_v.at[j]));
+          const T weight = of.weight_of(widen(of_v.at[j]));
           if (again)
             sums[j].add(widen(of_q.at[j]), weight, radius[j]);
           else
@@ -471,22 +459,17 @@ __device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int
   using T = Arithmetic<S>;
   const SliceTile tile = tensor.columns.tile(piece);
   if (tile.begin >= tile.numel) return;  // beyond the short last row
-  const MetricOf of(tensor);
-  if (of.is_neutral()) return;
-  const auto* radii = reinterpret_cast<const SliceRadius*>(tensor.factors);
-  const SliceWeight<T> weight_of(of.metric, of.bound);
-  S* q = in_global_memory<S>(tensor.data);
-  const S* v = in_global_memory<S>(const_cast<void*>(of.second_moment));
-  for_each_column(q, v, tile, [&]<int N>(int c) {
+  const MetricTensor<S> of(tensor);
+  for_each_column(of, tile, [&]<int N>(int c) {
     T radius[N];
     SliceOfColumn at(tile, tensor.columns.layout.count, c);
 #pragma unroll
-    for (int j = 0; j < N; ++j, at.next()) radius[j] = T(radii[at.slice].radius);
-    for_each_row<S, N>(q, v, tile, c, [&](Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to, int64_t left) {
+    for (int j = 0; j < N; ++j, at.next()) radius[j] = T(of.radii[at.slice].radius);
+    for_each_row<S, N>(of, tile, c, [&](Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to, int64_t left) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
         if (!(radius[j] > largest_number<T>()))
-          narrow(slice_shrunk<T>(widen(of_q.at[j]), weight_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
+          narrow(slice_shrunk<T>(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
       store_some(of_q, to, left);
     });
   });
@@ -496,29 +479,44 @@ __device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int
 
 template <bool kDoubles>
 __device__ __forceinline__ void slice_measure(const SliceTensors& tensors) {
-  union Shared {
+  struct Shared {
     double columns[kMostSliceColumns];
-    MetricColumns<float> metric;
-    MetricColumns<double> metric_of_doubles;
   };
   REGFUSED_SHARED(Shared, shared);
   if (tensors.is_skipped()) return;
-  const bool again = tensors.job.again;
   for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
-    if (!tensor.data || (again && !tensor.second_moment)) continue;
+    if (!tensor.data || tensor.second_moment) continue;
     by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
-      if (tensor.second_moment) {
-        if (tensor.by_segments)
-          sum_segment<S>(tensor, i - tensor.first_piece, again);
-        else if constexpr (sizeof(S) == 8)
-          sum_tile<S>(tensor, i - tensor.first_piece, again, shared.metric_of_doubles);
-        else
-          sum_tile<S>(tensor, i - tensor.first_piece, again, shared.metric);
-      } else if (tensor.by_segments)
+      if (tensor.by_segments)
         measure_segment<S>(tensor, i - tensor.first_piece);
       else
         measure_tile<S>(tensor, i - tensor.first_piece, shared.columns);
+    });
+  }
+}
+
+// The same for tensors in a metric.
+template <bool kDoubles>
+__device__ __forceinline__ void slice_sum(const SliceTensors& tensors) {
+  union Shared {
+    MetricColumns<float> floats;
+    MetricColumns<double> doubles;
+  };
+  REGFUSED_SHARED(Shared, shared);
+  if (tensors.is_skipped()) return;
+  for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
+    const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
+    if (!tensor.data || !tensor.second_moment || is_neutral_in_metric(tensor)) continue;
+    const int64_t piece = i - tensor.first_piece;
+    const bool again = tensors.job.again;
+    by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
+      if (tensor.by_segments)
+        sum_segment<S>(tensor, piece, again);
+      else if constexpr (sizeof(S) == 8)
+        sum_tile<S>(tensor, piece, again, shared.doubles);
+      else
+        sum_tile<S>(tensor, piece, again, shared.floats);
     });
   }
 }
@@ -541,8 +539,6 @@ __device__ __forceinline__ double combine_terms(const Pieces& pieces, const doub
 template <class Pieces>
 __device__ __forceinline__ void judge_radii(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t judge,
                                             bool again, double (&of_warps)[kWarps]) {
-  const MetricOf of(tensor);
-  if (of.is_neutral()) return;
   const bool many = pieces.terms() >= kManyTerms;
   const int64_t slice = many ? judge : judge * kThreads + threadIdx.x, plane = pieces.partials();
   const auto add = [](double a, double b) { return a + b; };
@@ -553,7 +549,7 @@ __device__ __forceinline__ void judge_radii(const SliceDeviceTensor& tensor, con
   // A run that lies in two tiles has the sum of two maxima here: a beginning that is farther off, and no other end.
   sums.largest = combine_terms(pieces, tensor.partials + 2 * plane, slice, many, of_warps, larger);
   if (slice >= pieces.layout.count || (many && threadIdx.x != 0)) return;
-  auto* radii = reinterpret_cast<SliceRadius*>(tensor.factors);
+  SliceRadius* radii = radii_of(tensor);
   SliceRadius radius;
   if (again) radius = radii[slice];
   const double tolerance = tensor.dtype == DType::float64 ? radius_tolerance<double>() : radius_tolerance<float>();
@@ -587,6 +583,8 @@ __device__ __forceinline__ void slice_judge(const SliceTensors& tensors) {
       if (again) continue;
       tensor.by_segments ? judge_slices(tensor, tensor.segments, judge, shared.of_warps)
                          : judge_slices(tensor, tensor.columns, judge, shared.of_warps);
+    } else if (is_neutral_in_metric(tensor)) {
+      continue;
     } else if (!tensor.by_segments) {
       judge_radii(tensor, tensor.columns, judge, again, shared.of_warps);
     } else if (tensor.segments.terms() > 1) {
@@ -600,15 +598,28 @@ __device__ __forceinline__ void slice_scale(const SliceTensors& tensors) {
   if (tensors.is_skipped()) return;
   for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
     const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
-    if (!tensor.data) continue;
+    if (!tensor.data || tensor.second_moment) continue;
     by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
-      if (tensor.second_moment)
-        tensor.by_segments ? shrink_segment<S>(tensor, i - tensor.first_piece)
-                           : shrink_tile<S>(tensor, i - tensor.first_piece);
-      else if (tensor.by_segments)
+      if (tensor.by_segments)
         scale_segment<S>(tensor, i - tensor.first_piece);
       else
         scale_tile<S>(tensor, i - tensor.first_piece);
+    });
+  }
+}
+
+// The same for tensors in a metric.
+template <bool kDoubles>
+__device__ __forceinline__ void slice_shrink(const SliceTensors& tensors) {
+  if (tensors.is_skipped()) return;
+  for (int64_t i = blockIdx.x; i < tensors.job.pieces; i += gridDim.x) {
+    const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_piece, i);
+    if (!tensor.data || !tensor.second_moment || is_neutral_in_metric(tensor)) continue;
+    by_dtype<kDoubles>(tensor.dtype, [&]<class S>() {
+      if (tensor.by_segments)
+        shrink_segment<S>(tensor, i - tensor.first_piece);
+      else
+        shrink_tile<S>(tensor, i - tensor.first_piece);
     });
   }
 }

@@ -19,11 +19,17 @@ constexpr int kBlocksPerMultiprocessor = kDoubles ? 2 : 4;
 // A block takes more than one piece only where there are more pieces than this.
 constexpr int64_t kMostBlocks = int64_t(1) << 20;
 
-// The sums in a metric, of as many columns as one access has, need more than 64 registers in any type.
 template <size_t kBytes, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<true>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
     slice_measure_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
   slice_measure<kDoubles>(SliceTensors(arguments.job, arguments.tensors));
+}
+
+// Sums of as many columns as one access has need more than 64 registers in any type.
+template <size_t kBytes, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<true>)
+    slice_sum_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
+  slice_sum<kDoubles>(SliceTensors(arguments.job, arguments.tensors));
 }
 
 template <size_t kBytes>
@@ -38,6 +44,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kDoubles>)
   slice_scale<kDoubles>(SliceTensors(arguments.job, arguments.tensors));
 }
 
+template <size_t kBytes, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<true>)
+    slice_shrink_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
+  slice_shrink<kDoubles>(SliceTensors(arguments.job, arguments.tensors));
+}
+
 template <size_t kBytes>
 [[nodiscard]] cudaError_t launch_pass(SlicePass pass, const SliceJob& job, const SliceDeviceTensor* tensors,
                                       bool doubles, cudaStream_t stream) {
@@ -49,7 +61,10 @@ template <size_t kBytes>
   void (*kernel)(SliceArguments<kBytes>) = slice_judge_kernel<kBytes>;
   if (pass == SlicePass::measure)
     kernel = doubles ? slice_measure_kernel<kBytes, true> : slice_measure_kernel<kBytes, false>;
+  if (pass == SlicePass::sum) kernel = doubles ? slice_sum_kernel<kBytes, true> : slice_sum_kernel<kBytes, false>;
   if (pass == SlicePass::scale) kernel = doubles ? slice_scale_kernel<kBytes, true> : slice_scale_kernel<kBytes, false>;
+  if (pass == SlicePass::shrink)
+    kernel = doubles ? slice_shrink_kernel<kBytes, true> : slice_shrink_kernel<kBytes, false>;
   const int64_t blocks = pass == SlicePass::judge ? job.judges : job.pieces;
   return launch(kernel, arguments, static_cast<int>(std::min(blocks, kMostBlocks)), stream);
 }

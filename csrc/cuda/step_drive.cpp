@@ -151,7 +151,7 @@ void StepOnCuda::upload_tables(const StepWork& work) {
     slices.push_back(slices_of(row, work.groups[row.group], {}));
   }
   if (slices_.memory().defined() && was_captured_) retired_.push_back(slices_.memory());
-  const bool metrics = info_of(work.rule).counts_steps;
+  const bool metrics = info_of(work.rule).counts_steps;  // count_steps leaves them
   slices_.plan(slices, metrics);
   if (metrics && !sliced_.empty()) replace(metrics_, allocate(rows_.size() * sizeof(SliceDeviceMetric)));
   send(tables_, bytes.data(), bytes.size());

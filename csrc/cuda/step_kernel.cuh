@@ -243,9 +243,9 @@ __device__ __forceinline__ void unscale_share(const StepPlace& place, const Step
   });
 }
 
-// The metric of the step of a row, for its group lasso.
+// The metric of the step of a row, for its group lasso. A call, as what it needs would cost the step registers.
 template <class R>
-__device__ __forceinline__ void leave_metric(const StepJob& job, const StepInputs& inputs, int r, double t) {
+__device__ __attribute__((noinline)) void leave_metric(const StepJob& job, const StepInputs& inputs, int r, double t) {
   const StepDeviceRow& row = job.rows[r];
   const StepHyper hyper = inputs.groups[row.group].read();
   if (hyper.group_l1 == 0) return;
@@ -326,6 +326,7 @@ __device__ __forceinline__ void step_update(const StepJob& job, const StepInputs
     if (threadIdx.x == 0) job.penalties[span] = penalty;
     __syncthreads();  // of_warps is free again
   }
+  static_assert(R::kCountsSteps || !R::template Rule<double>::kLengthOfElements, "count_steps leaves the metric");
   if constexpr (R::kCountsSteps) count_steps<R>(job, inputs, shared.is_last);
 }
 

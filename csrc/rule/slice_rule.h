@@ -111,27 +111,27 @@ REGFUSED_RULE V slice_shrunk(V q, V weight, R radius) {
   return q * (radius * slice_slope<T>(weight, radius));
 }
 
+template <class T>
+REGFUSED_RULE constexpr T largest_number() {
+  return T(sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+}
+
 // From the sums at a radius to the next one; `tolerance`: of a relative change after which the error, about the square
 // of it, does not count.
 REGFUSED_RULE SliceRadius next_radius(const SliceRadius& now, const SliceSums& sums, double tolerance) {
   if (now.is_beginning()) {
     if (sums.squares <= 1) return {0, false};
     const double norm = sqrt(sums.second);
-    if (!(norm <= 1.7976931348623157e308)) return {norm, false};  // infinite: as it is; NaN: NaN
+    if (!(norm <= largest_number<double>())) return {norm, false};  // infinite: as it is; NaN: NaN
     const double start = norm - 1 / sums.largest;
     return {start > 0 ? start : 0, true};
   }
   const double step = sums.squares * (sqrt(sums.squares) - 1) / sums.second;
   double next = now.radius + step;
   if (!(next > 0)) next = 0;
-  if (!(step < 1.7976931348623157e308)) return {now.radius, false};  // nothing of the slice is left to measure
+  if (!(step <= largest_number<double>())) return {now.radius, false};  // nothing of the slice is left to measure
   const double change = next > now.radius ? next - now.radius : now.radius - next;
   return {next, change > tolerance * next};
-}
-
-template <class T>
-REGFUSED_RULE constexpr T largest_number() {
-  return T(sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
 }
 
 // Where rounding keeps a search from its end, it ends here.
