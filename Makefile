@@ -22,11 +22,12 @@ BIN := $(VENV)/bin
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test matrix sanitize bench gpu-check build lint format clean
+.PHONY: help demo test test-all matrix sanitize bench gpu-check build lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
-	@echo "make test     build and run all tests"
+	@echo "make test     build, and run the tests that need no compiler and no whole programs: ten minutes on two cores"
+	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers"
 	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
 	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"
 	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
@@ -44,6 +45,10 @@ demo: build
 
 test: build
 	@echo "== tests"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-all: build
+	@echo "== all tests"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
 	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal

@@ -20,6 +20,8 @@ pytest.importorskip("numpy")
 import regfused
 from benchmarks import clip_jobs, cpu_targets, dropout_jobs, models, penalty_jobs, step_jobs
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 JOBS = {
     "sgd": step_jobs.jobs_of("sgd"),

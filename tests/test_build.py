@@ -18,6 +18,8 @@ from step_cases import OTHER_EXTENSION
 import regfused
 from regfused import extension
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -13,6 +13,8 @@ import torch
 
 import regfused
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 for module in ("sklearn", "matplotlib", "rich", "typer"):

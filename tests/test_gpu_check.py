@@ -23,6 +23,8 @@ from rich.console import Console
 from benchmarks import cuda_timing, gpu_check, launches, penalty_jobs, sanitizer, sanitizer_run, stage, suite, targets
 from benchmarks.step_jobs import JOBS, OURS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of regfused; a missing or doubled term moves more
 
