@@ -26,7 +26,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
-	@echo "make test     build, and run the tests that need no compiler and no whole programs: ten minutes on two cores"
+	@echo "make test     build, and run the tests that need no compiler and no whole programs"
 	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers"
 	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
 	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"

@@ -34,13 +34,13 @@ def test_the_oldest_torch_has_a_row_for_every_kind_of_build():
         rows = [row for row in noxfile.ROWS if row.torch == version]
         assert {row.build_env["REGFUSED_CUDA"] for row in rows} == {"0", "1"}, version
     # The suite runs with the usual torch in make test, and with the one of the GPU machine.
-    assert noxfile.WHOLE_SUITE in {row.tests for row in noxfile.ROWS if row.rehearsal}
+    assert noxfile.SUITE in {row.tests for row in noxfile.ROWS if row.rehearsal}
 
 
 def test_what_rows_run_is_there():
     assert [row.name for row in noxfile.ROWS if row.rehearsal]
     assert len({row.name for row in noxfile.ROWS}) == len(noxfile.ROWS)
     for row in noxfile.ROWS:
-        files = [argument.removeprefix("--deselect=").split("::")[0] for argument in row.tests if "tests" in argument]
-        assert all((ROOT / file).exists() for file in files)
+        files = [argument for argument in row.tests if argument.startswith("tests")]
+        assert files and all((ROOT / file).exists() for file in files)
     assert set(noxfile.ABSENT_THERE) < set((ROOT / "requirements-dev.txt").read_text().split())
