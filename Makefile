@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test test-all matrix sanitize bench gpu-check build lint format clean
+.PHONY: help demo test test-all matrix sanitize bench gpu-check build docs lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
@@ -37,6 +37,7 @@ help:
 	@echo "              REHEARSE=1 needs no GPU: small shapes on the CPU, result files in $(OUT)/"
 	@echo "make matrix   build and test with the oldest and the newest torch and Python, each in an environment of its own,"
 	@echo "              of up to 6 GB; ROWS=\"oldest newest-cpu\" runs these alone, KEEP=1 keeps environments"
+	@echo "make docs     the documentation as a website, in $(OUT)/docs"
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make clean    remove what was built and $(VENV)"
 
@@ -100,6 +101,11 @@ $(VENV)/installed: requirements-dev.txt
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" | \
 		while read -r folder; do echo "$(CURDIR)" > "$$folder/regfused-checkout.pth"; done
 	@touch $@
+
+# Into $(OUT)/docs; a broken link or a name that is not there is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/mkdocs build --strict --site-dir $(abspath $(OUT))/docs
 
 lint: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LINTERS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-TEXT = (ROOT / "GUARANTEES.md").read_text()
+TEXT = (ROOT / "docs" / "guarantees.md").read_text()
 NAMED = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TEXT)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -489,11 +488,3 @@ def test_zeros_that_training_made():
     (_, first), (_, second), _ = rows(result).values()
     assert second == 6 - zeros[1] and 8 - zeros[0] <= first <= 8
     assert result.report.parameters_after < result.report.parameters_before
-
-
-def test_the_page_about_it_runs(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "zeros.md").read_text()
-    scope: dict = {}
-    exec(page.split("```python\n")[1].split("```")[0], scope)
-    assert "multiply-adds" in capsys.readouterr().out
-    assert scope["result"].report.parameters_after < scope["result"].report.parameters_before / 2
