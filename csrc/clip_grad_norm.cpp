@@ -19,11 +19,6 @@ namespace py = pybind11;
 
 namespace {
 
-NormType fused_norm_type(double norm_type) {
-  TORCH_INTERNAL_ASSERT(norm_type == 1 || norm_type == 2 || norm_type == INFINITY);
-  return norm_type == 1 ? NormType::one : norm_type == 2 ? NormType::two : NormType::inf;
-}
-
 // A norm type as Python writes it.
 const char* text_of(double norm_type) { return norm_type == 1 ? "1.0" : norm_type == 2 ? "2.0" : "inf"; }
 
@@ -49,7 +44,7 @@ bool collect_grads(const py::list& params, std::vector<at::Tensor>& grads) {
 }  // namespace
 
 py::object clip_grad_norm(const py::list& params, double norm_type, std::optional<double> max_norm, bool finite) {
-  const NormType type = fused_norm_type(norm_type);
+  const NormType type = fused_norm(norm_type);
   if (is_watched()) return py::none();
   c10::AutoGradMode no_grad(false);
   std::vector<at::Tensor> grads;

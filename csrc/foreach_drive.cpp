@@ -42,17 +42,22 @@ const Foreach::Slot& Foreach::home() const {
   return slots_.front();
 }
 
+at::Tensor Foreach::finished(const std::vector<at::Tensor>& parts, NormType type) const {
+  // The kernel that clips returns the norm; here it has no tensors.
+  return home().kernels->clip({}, gathered(parts, home().memory), type, 0);
+}
+
 at::Tensor Foreach::norm(NormType type) const {
   std::vector<at::Tensor> norms;
   for (const Slot& slot : slots_) norms.push_back(slot.kernels->norms(slot.list, type));
-  return home().kernels->clip({}, gathered(norms, home().memory), type, 0);
+  return finished(norms, type);
 }
 
 at::Tensor Foreach::penalty(double l1, double l2) const {
   std::vector<at::Tensor> sums;
   for (const Slot& slot : slots_) sums.push_back(slot.kernels->penalties(slot.list, l1, l2));
   // None is negative, so their sum is a norm of type 1.
-  return home().kernels->clip({}, gathered(sums, home().memory), NormType::one, 0);
+  return finished(sums, NormType::one);
 }
 
 at::Tensor Foreach::clip(NormType type, double max_norm, bool finite) const {
@@ -60,7 +65,7 @@ at::Tensor Foreach::clip(NormType type, double max_norm, bool finite) const {
   for (const Slot& slot : slots_) norms.push_back(slot.kernels->norms(slot.list, type));
   at::Tensor norm;
   if (finite) {
-    norm = home().kernels->clip({}, gathered(norms, home().memory), type, 0);
+    norm = finished(norms, type);
     if (!std::isfinite(norm.item().toDouble())) return norm;
   }
   for (const Slot& slot : slots_) {

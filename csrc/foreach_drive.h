@@ -29,6 +29,8 @@ class Foreach {
     ForeachList list;
   };
   const Slot& home() const;
+  // The norm of partial results of each slot, on the device of home().
+  at::Tensor finished(const std::vector<at::Tensor>& parts, NormType type) const;
 
   std::vector<Slot> slots_;
 };

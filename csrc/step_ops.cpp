@@ -59,9 +59,8 @@ class Arguments {
 };
 
 NormType fused_norm_type(const std::string& op, double norm_type) {
-  TORCH_CHECK_VALUE(norm_type == 1 || norm_type == 2 || norm_type == std::numeric_limits<double>::infinity(), op,
-                    ": norm_type must be 1, 2 or inf, but got ", norm_type);
-  return norm_type == 1 ? NormType::one : norm_type == 2 ? NormType::two : NormType::inf;
+  TORCH_CHECK_VALUE(is_fused_norm(norm_type), op, ": norm_type must be 1, 2 or inf, but got ", norm_type);
+  return fused_norm(norm_type);
 }
 
 void read_option(const std::string& op, const OptionInfo& option, const c10::IValue& value, unsigned char* hyper) {

@@ -298,14 +298,14 @@ bool StepPlan::read_options() {
   }
   if (!changed) return true;
   const StepGroup& first = groups_.front();
-  const bool fused_norm = first.norm_type == 1 || first.norm_type == 2 || first.norm_type == INFINITY;
+  const bool has_kernels = is_fused_norm(first.norm_type);
   for (StepGroup& group : groups_) {
     if (!group.agrees(first)) complain();
-    TORCH_CHECK(fused_norm || !group.demanded, operation_, ": fused=True demands norm_type 1, 2 or inf, but got ",
+    TORCH_CHECK(has_kernels || !group.demanded, operation_, ": fused=True demands norm_type 1, 2 or inf, but got ",
                 group.norm_type);
-    group.kernels &= fused_norm;
+    group.kernels &= has_kernels;
   }
-  scalars_.norm_type = first.norm_type == 1 ? NormType::one : first.norm_type == 2 ? NormType::two : NormType::inf;
+  scalars_.norm_type = fused_norm(first.norm_type);
   bool routes_hold = slices_hold;
   for (size_t g = 0; g < groups_.size(); ++g) {
     driver_.groups[g] = groups_[g].hyper;

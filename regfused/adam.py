@@ -24,6 +24,7 @@ class Adam(Fused, reference.Adam):
         p  = p*(1 - lr*weight_decay)                   decoupled weight decay only
         p  = p - e*exp_avg/(1 - beta1^t)
         p  = sign(p)*max(|p| - e*l1, 0) / (1 + 2*e*l2) proximal only; l1 and l2 are not in h then
+        p  = max(p, 0)                                 nonnegative only
         w  = the group lasso's proximal map             for each slice w of p along group_dim: the w that minimizes
              sum (w - q)^2/(2*e') + group_l1*||w||, q the slice so far, e' = e, or e/(1 + 2*e*l2) with proximal
 
@@ -44,7 +45,8 @@ class Adam(Fused, reference.Adam):
         weight_decay: >= 0; see ``decoupled_weight_decay``.
         amsgrad: the largest second moment so far in place of the last (Reddi, Kale, Kumar, On the convergence of Adam
             and beyond, 2018).
-        l1, l2, proximal, max_norm, norm_type, penalty_in_clip, nonfinite: see `regfused.SGD`.
+        l1, l2, concavity, proximal, max_norm, norm_type, penalty_in_clip, nonfinite, keep_zeros, nonnegative: see
+            `regfused.SGD`.
         group_l1, group_dim: see `regfused.SGD`. The map of a slice has no closed form where its elements have steps of
             different lengths: a few Newton steps find its norm.
         decoupled_proximal: the maps take ``lr`` for the length of each element's step, as AdamW's decay does.

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 NONFINITE = ("propagate", "skip", "error")
 
 # Options that every optimizer has; a rule has a table of its own. Strengths are finite and >= 0.
-_STRENGTHS = ("lr", "weight_decay", "l1", "l2", "group_l1")
-_SWITCHES = ("maximize", "proximal", "penalty_in_clip", "decoupled_weight_decay", "differentiable")
+_STRENGTHS = ("lr", "weight_decay", "l1", "l2", "concavity", "group_l1")
+_SWITCHES = (
+    *("maximize", "proximal", "penalty_in_clip", "decoupled_weight_decay"),
+    *("keep_zeros", "nonnegative", "differentiable"),
+)
 _CHOICES = ("foreach", "fused")
 # One value for the whole optimizer: there is one norm, over all groups.
 _GLOBAL = ("max_norm", "norm_type", "nonfinite")
@@ -404,5 +407,7 @@ def group_allows_sparse(group: Mapping[str, Any], rule: Rule) -> bool:
         and float(strength(group["weight_decay"])) == 0
         and group["max_norm"] is None
         and group["nonfinite"] == "propagate"
+        and not group["keep_zeros"]
+        and not group["nonnegative"]
         and not group["differentiable"]
     )

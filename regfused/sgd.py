@@ -22,6 +22,7 @@ class SGD(Fused, reference.SGD):
         u  = d + momentum*b (nesterov) | b (momentum) | d
         p  = p - lr*u
         p  = sign(p)*max(|p| - k*lr*l1, 0) / (1 + 2*k*lr*l2)     proximal only; l1 and l2 are not in h then
+        p  = max(p, 0)                                 nonnegative only
         w  = w * max(1 - k*lr'*group_l1/||w||, 0)      for each slice w of p along group_dim, after all this
 
     ``k`` is what momentum makes of a direction that stays: 1 without momentum, ``G = (1 - dampening)/(1 - momentum)``
@@ -55,6 +56,13 @@ class SGD(Fused, reference.SGD):
         nesterov: Nesterov momentum; demands ``momentum > 0`` and ``dampening = 0``.
         l1: strength of ``sum|p|``, >= 0. Per group.
         l2: strength of ``sum(p^2)``, >= 0. Per group.
+        concavity: >= 0; the ``l1`` penalty becomes the minimax concave penalty (MCP) of ``gamma = 1/concavity``:
+            ``l1*|p| - concavity*p^2/2`` up to ``|p| = l1/concavity``, constant beyond (Zhang, Nearly unbiased variable
+            selection under minimax concave penalty, 2010). What is large is not shrunk. Its gradient is
+            ``l1*sign(p) - clamp(concavity*p, -l1, l1)``. With ``proximal`` the map is that of ``l1*|p|``, and
+            ``-clamp(concavity*p, -l1, l1)`` is added to ``d``, after the clip: it is smooth, a part of the loss (Yao
+            and Kwok, Efficient learning with a family of nonconvex regularizers by redistributing nonconvexity, 2018).
+            With 0 the penalty is ``l1*|p|``. Per group.
         proximal: ``l1`` and ``l2`` leave ``h``; the proximal map after the update makes exact zeros (soft thresholding,
             ISTA: Daubechies, Defrise, De Mol 2004; Parikh and Boyd, Proximal Algorithms, 2014). Demands
             ``momentum < 1`` and ``dampening <= 1``.
@@ -75,6 +83,10 @@ class SGD(Fused, reference.SGD):
         nonfinite: what happens when ``N`` is not finite: ``"propagate"`` it, as torch does; ``"skip"`` the step, which
             then leaves no trace but a count in `stats`; ``"error"``: RuntimeError before anything changed. The same in
             every group.
+        keep_zeros: elements of ``p`` that are 0 keep their bits, for training on after pruning: ``h`` and ``d`` are 0
+            there, whatever the gradient, so the norm and the state are those of a model without them. Per group.
+        nonnegative: what is below 0 after the step becomes 0: the projection. With ``l1``, ``l2``, ``group_l1`` the map
+            is that of the penalty and the constraint together. Real parameters only. Per group.
         decoupled_weight_decay: ``p = p*(1 - lr*weight_decay)`` instead of the term in ``d`` (Loshchilov and Hutter,
             Decoupled weight decay regularization, 2019).
         classical_momentum: ``b = momentum*b + lr*d; p = p - b``, as in textbooks and Keras; no dampening

@@ -113,7 +113,8 @@ class Stats:
                        NaN where neither ``max_norm`` nor ``nonfinite`` asked for it: it would cost a pass over the
                        gradients (``max_norm=math.inf`` measures and does not clip)
     ``clip_coef``      factor by which the clip scaled it; 0 for a step skipped by ``nonfinite="skip"``
-    ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step; without the group lasso. Its
+    ``penalty``        l1*sum|p| + l2*sum(p^2) of the stepped parameters, before the step, with the concave penalty in
+                       place of l1*|p| where there is a concavity; without the group lasso. Its
                        last digits depend on the instruction set, for rows are added up in the type of arithmetic
     ``zero_fraction``  share of exact zeros among the elements of the stepped parameters, as they are when this is
                        read for the first time; parameters with a sparse gradient are not looked through

@@ -76,6 +76,15 @@ OPTIONS = {
     "proximal elastic net": {"l1": 2.0, "l2": 0.5, "proximal": True, "weight_decay": 0.01},
     "group lasso": {"group_l1": 3.0, "momentum": 0.9, "max_norm": 1.0},
     "sparse group lasso": {"l1": 2.0, "proximal": True, "group_l1": 4.0, "group_dim": -1, "weight_decay": 0.01},
+    "concave l1": {"l1": 0.5, "l2": 0.1, "concavity": 0.4, "momentum": 0.9, "max_norm": 1.0},
+    "concave l1 outside": {"l1": 0.5, "concavity": 0.4, "max_norm": 1.0, "penalty_in_clip": False},
+    "proximal concave l1": {"l1": 2.0, "l2": 0.5, "concavity": 1.5, "proximal": True, "momentum": 0.5},
+    "concave sparse group lasso": {"l1": 1.0, "concavity": 0.8, "proximal": True, "group_l1": 1.0, "max_norm": 1.0},
+    "kept zeros": {"momentum": 0.9, "keep_zeros": True, "max_norm": 1.0},
+    "kept zeros, nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "keep_zeros": True},
+    "kept zeros, elastic net": {"l1": 0.1, "l2": 0.2, "keep_zeros": True, "max_norm": 1.0},
+    "nonnegative": {"momentum": 0.9, "nonnegative": True, "max_norm": 1.0},
+    "nonnegative sparse group lasso": {"nonnegative": True, "l1": 0.5, "proximal": True, "group_l1": 1.0},
     "decoupled": {"momentum": 0.9, "weight_decay": 0.3, "decoupled_weight_decay": True, "l2": 0.1},
     "classical": {"momentum": 0.9, "classical_momentum": True, "weight_decay": 0.1, "max_norm": 2.0},
     "classical nesterov": {"momentum": 0.9, "classical_momentum": True, "nesterov": True, "l1": 0.1},
@@ -91,6 +100,8 @@ OPTIONS = {
         "decoupled_weight_decay": True,
         "nesterov": True,
         "maximize": True,
+        "keep_zeros": True,
+        "nonnegative": True,
         "nonfinite": "error",
     },
 }
@@ -103,6 +114,7 @@ DEFAULTS = {
     "nesterov": False,
     "l1": 0.0,
     "l2": 0.0,
+    "concavity": 0.0,
     "proximal": False,
     "group_l1": 0.0,
     "group_dim": 0,
@@ -112,6 +124,8 @@ DEFAULTS = {
     "nonfinite": "propagate",
     "decoupled_weight_decay": False,
     "classical_momentum": False,
+    "keep_zeros": False,
+    "nonnegative": False,
     "maximize": False,
 }
 
@@ -141,6 +155,14 @@ ADAM_OPTIONS = {
     "decoupled proximal": {"l1": 3.0, "l2": 0.5, "proximal": True, "decoupled_proximal": True},
     "group lasso": {"group_l1": 0.3, "max_norm": 1.0},
     "sparse group lasso": {"l1": 0.2, "l2": 0.1, "proximal": True, "group_l1": 0.3, "amsgrad": True},
+    "concave l1": {"l1": 0.5, "l2": 0.1, "concavity": 0.4, "max_norm": 1.0},
+    "proximal concave l1": {"l1": 0.3, "l2": 0.5, "concavity": 0.3, "proximal": True},
+    "concave sparse group lasso": {"l1": 0.3, "concavity": 0.5, "proximal": True, "group_l1": 0.2, "nonnegative": True},
+    "decoupled concave l1": {"l1": 3.0, "concavity": 2.0, "proximal": True, "decoupled_proximal": True},
+    "kept zeros": {"keep_zeros": True, "max_norm": 1.0},
+    "kept zeros, elastic net": {"l1": 0.1, "l2": 0.2, "weight_decay": 0.1, "keep_zeros": True, "max_norm": 1.0},
+    "nonnegative": {"nonnegative": True, "max_norm": 1.0},
+    "nonnegative sparse group lasso": {"nonnegative": True, "l1": 0.2, "proximal": True, "group_l1": 0.3},
     "decoupled group lasso": {"group_l1": 3.0, "decoupled_proximal": True, "max_norm": 1.0},
     "everything": {
         "weight_decay": 0.05,
@@ -152,6 +174,8 @@ ADAM_OPTIONS = {
         "decoupled_weight_decay": True,
         "amsgrad": True,
         "maximize": True,
+        "keep_zeros": True,
+        "nonnegative": True,
         "nonfinite": "error",
     },
 }
@@ -379,7 +403,18 @@ class Oracle:
         return self.o[name] * x if self.o[name] != 0 else torch.zeros_like(x)
 
     def penalty_gradient(self, p):
-        return self.times("l1", torch.sign(p)) + 2 * self.times("l2", p)
+        if self.o["concavity"] != 0:
+            slope = (self.o["l1"] - self.o["concavity"] * p.abs()).clamp(min=0) * torch.sign(p)
+        else:
+            slope = self.times("l1", torch.sign(p))
+        return slope + 2 * self.times("l2", p)
+
+    def bent(self, size):
+        """l1*|p|, or what the concavity makes of it."""
+        l1, concavity = self.o["l1"], self.o["concavity"]
+        if l1 == 0 or concavity == 0:
+            return l1 * size
+        return torch.where(size < l1 / concavity, l1 * size - concavity * size**2 / 2, l1**2 / concavity / 2)
 
     def step(self, params, grads, states):
         """New parameters and states from old ones (lists of float64; a state may be {}); also N and c."""
@@ -387,6 +422,8 @@ class Oracle:
         gs = [-g if o["maximize"] else g for g in grads]
         inside = o["penalty_in_clip"] and not o["proximal"]
         hs = [g + self.penalty_gradient(p) if inside else g for p, g in zip(params, gs, strict=True)]
+        if o["keep_zeros"]:  # a mask of the gradient
+            hs = [torch.where(p == 0, 0.0, h) for p, h in zip(params, hs, strict=True)]
         everything = torch.cat([h.reshape(-1) for h in hs]) if hs else torch.zeros(0, dtype=torch.float64)
         if o["norm_type"] == 1:
             norm = everything.abs().sum().item()
@@ -402,6 +439,10 @@ class Oracle:
                 d = d + self.penalty_gradient(p)
             if not o["decoupled_weight_decay"]:
                 d = d + self.times("weight_decay", p)
+            if o["proximal"] and o["l1"] != 0 and o["concavity"] != 0:
+                # The gradient of the penalty without its convex part, which the map takes care of.
+                d = d + self.penalty_gradient(p) - o["l1"] * torch.sign(p) - 2 * self.times("l2", p)
+            zeros = p == 0
             move, length, state = self.rule.move(d, state, o)
             if o["decoupled_weight_decay"]:
                 p = p * (1 - o["lr"] * o["weight_decay"])
@@ -411,6 +452,10 @@ class Oracle:
             if o["proximal"]:
                 shrunk = torch.maximum(p.abs() - length * o["l1"], torch.zeros_like(p))
                 p = torch.sign(p) * shrunk / (1 + 2 * length * o["l2"])
+            if o["nonnegative"] and o["lr"] != 0:
+                p = torch.where(p < 0, 0.0, p)
+            if o["keep_zeros"]:  # and one of the parameter
+                p = torch.where(zeros, 0.0, p)
             if o["group_l1"] != 0:
                 length = self.rule.gain(o) * self.rule.length(state, o, self.dtype)
                 if o["proximal"]:
@@ -498,9 +543,7 @@ def check_against_oracle(make_optimizer, params, options, steps=3, witness=None)
         else:
             assert math.isclose(got_norm, norm, rel_tol=1e-5, abs_tol=1e-12)
         assert math.isclose(optimizer.stats.clip_coef.item(), c, rel_tol=1e-5, abs_tol=1e-12)
-        penalties = sum(
-            options.get("l1", 0) * p.abs().sum().item() + options.get("l2", 0) * p.square().sum().item() for p in old
-        )
+        penalties = sum(oracle.bent(p.abs()).sum().item() + options.get("l2", 0) * p.square().sum().item() for p in old)
         assert math.isclose(optimizer.stats.penalty.item(), penalties, rel_tol=1e-5, abs_tol=1e-12)
         numel = sum(p.numel() for p in live)
         zeros = sum(int((p == 0).sum()) for p in live)

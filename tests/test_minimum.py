@@ -90,6 +90,63 @@ def test_linear_models(module, way, ratio, data):
 
 @KINDS
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("AdamW", "SGD, classical nesterov")])
+@pytest.mark.parametrize("ratio", (1.0, 0.7), ids=("lasso", "elastic net"))
+def test_nonnegative_linear_models(module, way, ratio, data):
+    inputs, targets = data
+    targets = targets - 3 * inputs[:, 5]  # which wants to be negative
+    l1, l2 = 0.2 * ratio, 0.2 * (1 - ratio) / 2
+    loss_of = partial(squares, torch.from_numpy(inputs), torch.from_numpy(targets))
+    penalty = {"l1": l1, "l2": l2, "proximal": True, "nonnegative": True}
+    w, _ = at_rest(module, way, FEATURES, loss_of, **penalty)
+    theirs = linear_model.ElasticNet(
+        alpha=0.2, l1_ratio=ratio, fit_intercept=False, positive=True, tol=1e-14, max_iter=100_000
+    )
+    same_zeros(w, theirs.fit(inputs, targets).coef_)
+    free = linear_model.ElasticNet(alpha=0.2, l1_ratio=ratio, fit_intercept=False).fit(inputs, targets)
+    assert (free.coef_ < -0.1).any(), "the constraint must matter"
+
+
+@KINDS
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "AdamW"])
+@pytest.mark.parametrize("gamma", (1.5, 3.0))
+def test_minimax_concave_penalty(module, way, gamma, data):
+    """Coordinate descent (Breheny and Huang, 2011) that starts there stays there, and large weights are not shrunk."""
+    inputs, targets = data
+    l1 = 0.4
+    loss_of = partial(squares, torch.from_numpy(inputs), torch.from_numpy(targets))
+    w, _ = at_rest(module, way, FEATURES, loss_of, l1=l1, concavity=1 / gamma, proximal=True)
+    w = w.numpy()
+    assert 0 < (w == 0).sum() < FEATURES
+
+    descended, scale = w.copy(), (inputs**2).sum(axis=0) / N
+    for j in range(FEATURES):
+        correlation = inputs[:, j] @ (targets - inputs @ descended) / N + scale[j] * descended[j]
+        shrunk = np.sign(correlation) * max(abs(correlation) - l1, 0.0) / (scale[j] - 1 / gamma)
+        descended[j] = shrunk if abs(correlation) <= scale[j] * l1 * gamma else correlation / scale[j]
+    np.testing.assert_allclose(descended, w, rtol=0, atol=1e-8)
+
+    large = np.abs(w) > l1 * gamma
+    assert large.sum() >= 4
+    slope = inputs.T @ (inputs @ w - targets) / N
+    np.testing.assert_allclose(slope[large], 0, atol=1e-8)
+    lasso = linear_model.Lasso(alpha=l1, fit_intercept=False).fit(inputs, targets).coef_
+    assert (np.abs(lasso[large]) < np.abs(w[large]) - 0.1).all(), "the lasso's are smaller"
+
+
+@KINDS
+@pytest.mark.parametrize("way", ("SGD, plain", "SGD, momentum", "Adam"))
+def test_subgradients_of_the_concave_penalty_rest_there_too(module, way, data):
+    """Where no weight is 0: the penalty as it stands in the loss."""
+    inputs, targets = data
+    inputs, l1, gamma = inputs[:, ::5], 0.4, 1.5
+    loss_of = partial(squares, torch.from_numpy(inputs), torch.from_numpy(targets))
+    w, grad = at_rest(module, way, inputs.shape[1], loss_of, l1=l1, concavity=1 / gamma)
+    slope = (l1 - w.abs() / gamma).clamp(min=0) * w.sign()
+    assert (grad + slope).abs().max() < 1e-8 and (w != 0).all()
+
+
+@KINDS
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("AdamW", "SGD, classical nesterov")])
 def test_multi_task_lasso(module, way, data):
     inputs, _ = data
     random = np.random.default_rng(1)

@@ -162,12 +162,15 @@ class TestStep(TestCase):
     @each_case()
     def test_agrees_in_company_of_dtypes(self, info, kwargs):
         dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-        dtypes += [] if kwargs.get("fused") else [torch.complex64, torch.complex128]
+        real = kwargs.get("fused") or kwargs.get("nonnegative")
+        dtypes += [] if real else [torch.complex64, torch.complex128]
         params = [p for dtype in dtypes for p in make_params([(), (33,), (3, 5)], dtype)]
         check_steps(info, kwargs, params)
 
     @each_case(*IMPLEMENTATIONS[:3])
     def test_complex_numbers_are_pairs_of_real_ones(self, info, kwargs):
+        if kwargs.get("nonnegative"):
+            return  # demands real parameters
         if kwargs.get("l1") or kwargs.get("norm_type", 2) != 2:
             return  # the size of a pair is not the sum of sizes; `test_agrees_in_company_of_dtypes` has these
         params = [torch.nn.Parameter(torch.randn(shape, dtype=torch.complex64)) for shape in ((1,), (33,), (17, 3))]
@@ -249,6 +252,8 @@ class TestStep(TestCase):
 
     @each_case()
     def test_goes_in_the_right_direction_with_schedulers(self, info, kwargs):
+        if kwargs.get("nonnegative"):
+            return  # from weights below 0 the way is uphill
         for makers in info.scheduler_inputs:
             ours = descend(info, kwargs, torch.randn(10, 5), makers)
             loop = info.theirs([torch.nn.Parameter(torch.ones(1))], lr=copy.deepcopy(kwargs.get("lr", 1e-3)))
@@ -352,7 +357,7 @@ class TestStep(TestCase):
         before = copy_params(params)
         check_steps(info, kwargs, params, give=give_zeros)
         defaults = inspect.signature(info.optim_cls).parameters
-        if not any(kwargs.get(name, defaults[name].default) for name in PENALTIES):
+        if not any(kwargs.get(name, defaults[name].default) for name in (*PENALTIES, "nonnegative")):
             assert_params_equal(params, before)
 
     @each_case()

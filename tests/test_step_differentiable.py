@@ -29,6 +29,12 @@ OPTIONS = {
     "l2": {"l2": 0.1, "max_norm": 0.7},
     "l1, proximal": {"l1": 0.1, "proximal": True},
     "l2, outside of the clip": {"l2": 0.1, "max_norm": 0.7, "penalty_in_clip": False},
+    "l1, concave": {"l1": 0.1, "concavity": 0.2, "max_norm": 0.7},
+    "l1, proximal, concave": {"l1": 0.1, "l2": 0.2, "concavity": 0.2, "max_norm": 0.7, "proximal": True},
+    "concavity": {"l1": 0.1, "concavity": 0.2, "max_norm": 0.7},
+    "concavity, proximal": {"l1": 0.1, "concavity": 0.2, "max_norm": 0.7, "proximal": True},
+    "lr, kept zeros": {"momentum": 0.9, "keep_zeros": True, "max_norm": 0.7},
+    "lr, nonnegative": {"nonnegative": True},
 }
 
 
@@ -61,6 +67,12 @@ OPTIONS_OF_ADAM = {
     "l2, proximal": {"l2": 0.1, "proximal": True},
     "l2, outside of the clip": {"l2": 0.1, "max_norm": 0.7, "penalty_in_clip": False},
     "group_l1": {"group_l1": 0.1, "decoupled_proximal": True},
+    "l1, concave": {"l1": 0.1, "concavity": 0.2},
+    "l1, proximal, concave": {"l1": 0.1, "l2": 0.2, "concavity": 0.2, "proximal": True},
+    "concavity": {"l1": 0.1, "concavity": 0.2},
+    "concavity, proximal": {"l1": 0.1, "concavity": 0.2, "proximal": True},
+    "lr, kept zeros": {"keep_zeros": True, "max_norm": 0.7},
+    "lr, nonnegative": {"nonnegative": True},
 }
 BETAS = {"beta1": 0.8, "beta2": 0.9}
 

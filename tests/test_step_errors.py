@@ -40,6 +40,9 @@ OPTIONS = [
     ({"norm_type": "two"}, "norm_type must be a number, but got 'two'"),
     ({"nonfinite": "ignore"}, "nonfinite must be one of .*'skip'.*, but got 'ignore'"),
     ({"proximal": "yes"}, "proximal must be True or False, but got 'yes'"),
+    ({"concavity": -1.0}, "concavity must be finite and >= 0, but got -1.0"),
+    ({"keep_zeros": 0.5}, "keep_zeros must be True or False, but got 0.5"),
+    ({"nonnegative": "no"}, "nonnegative must be True or False, but got 'no'"),
 ]
 OPTIONS_OF_SGD = [
     ({"momentum": -1.0}, "momentum must be finite and >= 0, but got -1.0"),

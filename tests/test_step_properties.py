@@ -48,6 +48,9 @@ def common(draw, *, clip=True):
         "proximal": draw(st.booleans()),
         "penalty_in_clip": draw(st.booleans()),
         "maximize": draw(st.booleans()),
+        "concavity": draw(st.sampled_from((0.0, 0.0, 0.5, 20.0))),
+        "keep_zeros": draw(st.sampled_from((False, False, True))),
+        "nonnegative": draw(st.sampled_from((False, False, True))),
     }
     if clip:
         chosen["max_norm"] = draw(st.sampled_from((None, 0.3, 5.0, math.inf)))
@@ -254,7 +257,8 @@ def test_one_coefficient_for_all_groups(rule, groups, max_norm, seed):
 @given(st.data(), dtypes, sizes, seeds)
 def test_a_proximal_step_shrinks_and_never_crosses_zero(rule, data, dtype, size, seed):
     make, chosen = data.draw(optimizers(rule, group_lasso=False))
-    chosen |= {"proximal": True, **({"momentum": 0.0, "nesterov": False} if rule == "SGD" else {})}
+    # A concavity makes of l1 a part of the direction too.
+    chosen |= {"proximal": True, "concavity": 0.0, **({"momentum": 0.0, "nesterov": False} if rule == "SGD" else {})}
     p, g = randn(size, dtype, seed), randn(size, dtype, seed + 1)
     with_penalty, without = parameters([p], [g]), parameters([p], [g])
     make(with_penalty, **chosen).step()

@@ -28,6 +28,8 @@ OPTIONS = {
     "clip, norm 3": {"max_norm": 0.1, "norm_type": 3.0},
     "proximal": {"momentum": 0.9, "l1": 0.3, "l2": 0.1, "proximal": True, "max_norm": 1.0},
     "group lasso": {"momentum": 0.9, "group_l1": 0.3, "max_norm": 1.0},
+    "kept zeros": {"momentum": 0.9, "keep_zeros": True, "nonnegative": True, "max_norm": 0.5},
+    "concave l1": {"l1": 0.3, "concavity": 0.5, "proximal": True, "max_norm": 0.5},
     "skip": {"momentum": 0.9, "nonfinite": "skip"},
     "not clipped": {},
 }

@@ -100,7 +100,7 @@ void SlicesOnCpu::shrink() {
   for_each(whole_, [&](const Cut& cut, const Chunk& chunk) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
   find_radii();
   for_each(pieces_, plain(&SlicesOnCpu::measure));
-  for_each(slices_, plain(&SlicesOnCpu::judge));
+  for_each(slices_, plain(&SlicesOnCpu::make_factors));
   for_each(pieces_, [&](const Cut& cut, const Chunk& piece) {
     cut.tensor.metric ? shrink_to_radii(cut, piece) : scale(cut, piece);
   });
@@ -122,7 +122,7 @@ void SlicesOnCpu::find_radii() {
   };
   for (int i = 0; i < kMostRadii && open; ++i) {
     for_each(pieces_, sought([&](const Cut& cut, const Chunk& piece) { sum(cut, piece); }));
-    for_each(slices_, sought([&](const Cut& cut, const Chunk& chunk) { judge_radii(cut, chunk); }));
+    for_each(slices_, sought([&](const Cut& cut, const Chunk& chunk) { make_radii(cut, chunk); }));
     open = false;
     for (Cut& cut : cuts_) {
       if (!cut.open) continue;
@@ -166,7 +166,7 @@ void SlicesOnCpu::add_up(const Cut& cut, const double* partials, int64_t begin, 
   }
 }
 
-void SlicesOnCpu::judge(const Cut& cut, const Chunk& chunk) {
+void SlicesOnCpu::make_factors(const Cut& cut, const Chunk& chunk) {
   for_slices(cut, chunk, [&](int64_t begin, int64_t n) {
     double squares[kSlicesTogether] = {};
     add_up(cut, partials_.data() + cut.partials, begin, n, squares, std::plus<double>());
@@ -200,7 +200,7 @@ void SlicesOnCpu::sum(const Cut& cut, const Chunk& chunk) {
   }
 }
 
-void SlicesOnCpu::judge_radii(const Cut& cut, const Chunk& chunk) {
+void SlicesOnCpu::make_radii(const Cut& cut, const Chunk& chunk) {
   const double* sums = sums_.data() + cut.partials * SliceSums::kCount;
   const bool doubles = cut.tensor.dtype == DType::float64;
   const double tolerance = doubles ? radius_tolerance<double>() : radius_tolerance<float>();

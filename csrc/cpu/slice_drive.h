@@ -37,12 +37,12 @@ class SlicesOnCpu {
   };
 
   void measure(const Cut& cut, const Chunk& piece);
-  void judge(const Cut& cut, const Chunk& chunk);
+  void make_factors(const Cut& cut, const Chunk& chunk);
   void scale(const Cut& cut, const Chunk& piece);
   // The same in a metric, where radii take the place of factors.
   void find_radii();
   void sum(const Cut& cut, const Chunk& piece);
-  void judge_radii(const Cut& cut, const Chunk& chunk);
+  void make_radii(const Cut& cut, const Chunk& chunk);
   void shrink_to_radii(const Cut& cut, const Chunk& piece);
   template <class F>
   void for_each(const Chunks& chunks, const F& f);

@@ -8,7 +8,7 @@ namespace regfused {
 inline namespace REGFUSED_ISA {
 namespace {
 
-template <class S, bool kPenalty>
+template <class S, bool kReadsParam>
 void norm_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepScalars& scalars,
                 StepPartial& partial) {
   using T = typename Storage<S>::T;
@@ -19,12 +19,12 @@ void norm_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, 
   const int64_t n = chunk.size;
   for (int64_t i = 0; i < n; i += kLanes) {
     const S* grad = grads.row(i, n);
-    const S* param = kPenalty ? params.row(i, n) : nullptr;
+    const S* param = kReadsParam ? params.row(i, n) : nullptr;
     prefetch(grad);
-    if constexpr (kPenalty) prefetch(param);
+    if constexpr (kReadsParam) prefetch(param);
     for_each_vector<S>([&](auto position, int at) __attribute__((always_inline)) {
       auto h = gradient(load(grad + at));
-      if constexpr (kPenalty) h = norm_gradient(h, load(param + at));
+      if constexpr (kReadsParam) h = norm_gradient(h, load(param + at));
       norm.template add<position.value>(h);
     });
   }
@@ -74,22 +74,23 @@ struct StepArrays {
 };
 
 // Every option.
-template <class S, class R, unsigned kSlots>
+template <class S, class R, unsigned kSlots, bool kMore>
 void step_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
                 const StepScalars& scalars, StepPartial& partial) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   const StepGradient<T> gradient(hyper, scalars.grad_scale);
   const StepElement<T, R::template Rule> element(hyper, scalars.clip_coef, time);
-  const ElasticNetValue<T> penalty_value(hyper.l1, hyper.l2);
+  if (element.more != kMore) return step_chunk<S, R, kSlots, true>(row, chunk, hyper, time, scalars, partial);
+  const ElasticNetValue<T> penalty_value(hyper.l1, hyper.l2, hyper.concavity);
   const bool has_penalty = hyper.has_penalty();
   RowSum penalty;
   V row_penalty{};
   StepArrays<S, kSlots>(row, chunk)
       .for_each(
           [&](V& p, V g, V* slots) __attribute__((always_inline)) {
-            if (has_penalty) row_penalty += penalty_value(p);
-            element.template operator()<kSlots>(p, gradient(g), slots);
+            if (has_penalty) row_penalty += penalty_value.template operator()<kMore>(p);
+            element.template operator()<kSlots, kMore>(p, gradient(g), slots);
           },
           [&]() __attribute__((always_inline)) {
             if (has_penalty) penalty.add(row_penalty);
@@ -99,19 +100,20 @@ void step_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, 
 }
 
 // What is_lean allows.
-template <class S, class R, unsigned kSlots, int kVariant, bool kSlope>
+template <class S, class R, unsigned kSlots, int kVariant, bool kSlope, bool kKeepsZeros>
 void lean_chunk(const StepRow& row, const Chunk& chunk,
                 const LeanElement<typename Storage<S>::T, R::template Rule>& lean) {
   using V = typename Storage<S>::V;
   const LeanElement<typename Storage<S>::T, R::template Rule> element = lean;  // in registers
   StepArrays<S, kSlots>(row, chunk)
       .for_each(
-          [&](V& p, V g, V* slots)
-              __attribute__((always_inline)) { element.template operator()<kSlots, kVariant, kSlope>(p, g, slots); },
+          [&](V& p, V g, V* slots) __attribute__((always_inline)) {
+            element.template operator()<kSlots, kVariant, kSlope, kKeepsZeros>(p, g, slots);
+          },
           []() __attribute__((always_inline)) {});
 }
 
-template <class S, class R, unsigned kSlots>
+template <class S, class R, unsigned kSlots, bool kKeepsZeros>
 void lean_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepTime& time,
                 const StepScalars& scalars) {
   const LeanElement<typename Storage<S>::T, R::template Rule> element(hyper, scalars.grad_scale, scalars.clip_coef,
@@ -119,10 +121,10 @@ void lean_chunk(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, 
   const bool slope = element.slope != 0;
   if constexpr (kSlots != 0 && R::template Rule<double>::kVariants == 2)
     if (element.rule.variant() == 1)
-      return slope ? lean_chunk<S, R, kSlots, 1, true>(row, chunk, element)
-                   : lean_chunk<S, R, kSlots, 1, false>(row, chunk, element);
-  return slope ? lean_chunk<S, R, kSlots, 0, true>(row, chunk, element)
-               : lean_chunk<S, R, kSlots, 0, false>(row, chunk, element);
+      return slope ? lean_chunk<S, R, kSlots, 1, true, kKeepsZeros>(row, chunk, element)
+                   : lean_chunk<S, R, kSlots, 1, false, kKeepsZeros>(row, chunk, element);
+  return slope ? lean_chunk<S, R, kSlots, 0, true, kKeepsZeros>(row, chunk, element)
+               : lean_chunk<S, R, kSlots, 0, false, kKeepsZeros>(row, chunk, element);
 }
 
 template <class S, class R, unsigned kSlots>
@@ -130,8 +132,10 @@ void step_slots(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, 
                 const StepScalars& scalars, StepPartial& partial) {
   // Narrow types are limited by their conversions.
   if constexpr (sizeof(S) >= sizeof(float))
-    if (is_lean<R::template Rule>(hyper, time)) return lean_chunk<S, R, kSlots>(row, chunk, hyper, time, scalars);
-  step_chunk<S, R, kSlots>(row, chunk, hyper, time, scalars, partial);
+    if (is_lean<R::template Rule>(hyper, time))
+      return (hyper.keep_zeros ? lean_chunk<S, R, kSlots, true> : lean_chunk<S, R, kSlots, false>)(row, chunk, hyper,
+                                                                                                   time, scalars);
+  step_chunk<S, R, kSlots, false>(row, chunk, hyper, time, scalars, partial);
 }
 
 // g / grad_scale into the gradient.
@@ -162,7 +166,7 @@ REGFUSED_RULE void by_dtype(DType dtype, const Function& function) {
 void norm_pass(const StepRow& row, const Chunk& chunk, const StepHyper& hyper, const StepScalars& scalars,
                StepPartial& partial) {
   by_dtype(row.dtype, [&]<class S>() __attribute__((always_inline)) {
-    (hyper.penalty_in_norm() ? norm_chunk<S, true> : norm_chunk<S, false>)(row, chunk, hyper, scalars, partial);
+    (hyper.norm_reads_param() ? norm_chunk<S, true> : norm_chunk<S, false>)(row, chunk, hyper, scalars, partial);
   });
 }
 

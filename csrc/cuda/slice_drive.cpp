@@ -104,23 +104,23 @@ void SlicesOnCuda::shrink(const double* skip) {
     for (int32_t t = 0; t < job.tensor_count; ++t) {
       SliceDeviceTensor& tensor = tensors[t];
       tensor.first_piece = job.pieces;
-      tensor.first_judge = job.judges;
+      tensor.first_maker = job.makers;
       job.pieces +=
           tensor.by_segments ? divided_up(tensor.segments.pieces(), kSegmentsOfBlock) : tensor.columns.pieces();
       const int64_t terms = tensor.by_segments ? tensor.segments.terms() : tensor.columns.terms();
       const int64_t count = tensor.by_segments ? tensor.segments.layout.count : tensor.columns.layout.count;
-      job.judges += terms >= kManyTerms ? count : divided_up(count, kThreads);
+      job.makers += terms >= kManyTerms ? count : divided_up(count, kThreads);
     }
     const auto any = [&](auto condition) { return std::any_of(tensors, tensors + job.tensor_count, condition); };
     const bool in_metric = any([](const SliceDeviceTensor& t) { return t.second_moment != nullptr; });
     const bool plain = any([](const SliceDeviceTensor& t) { return t.second_moment == nullptr; });
     if (plain) launch(SlicePass::measure, job, tensors);
     if (in_metric) launch(SlicePass::sum, job, tensors);
-    launch(SlicePass::judge, job, tensors);
+    launch(SlicePass::factors, job, tensors);
     job.again = any([](const SliceDeviceTensor& t) { return t.data && t.second_moment && !is_alone(t); });
     for (int i = 0; job.again && i < kRadiiOnCuda; ++i) {
       launch(SlicePass::sum, job, tensors);
-      launch(SlicePass::judge, job, tensors);
+      launch(SlicePass::factors, job, tensors);
     }
     if (plain) launch(SlicePass::scale, job, tensors);
     if (in_metric) launch(SlicePass::shrink, job, tensors);

@@ -41,7 +41,7 @@ struct SliceDeviceTensor {
   const SliceDeviceMetric* metric;  //
   SliceBound bound;
   DeviceNumber length;               // of the step
-  int64_t first_piece, first_judge;  // blocks of threads of the tensors before, in all
+  int64_t first_piece, first_maker;  // blocks of threads of the tensors before, in all
   SliceSegments segments;
   SliceColumns columns;
   DType dtype;
@@ -52,7 +52,7 @@ struct SliceDeviceTensor {
 struct SliceJob {
   const double* skip = nullptr;  // other than 0: nothing is to be done
   int64_t pieces = 0;            // of all tensors: blocks of threads that measure or scale
-  int64_t judges = 0;            // the same for those that make factors
+  int64_t makers = 0;            // the same for those that make factors
   int32_t tensor_count = 0;
   bool again = false;  // radii are improved
 };

@@ -23,7 +23,7 @@ struct SliceTensors {
 
   __device__ __forceinline__ bool is_skipped() const { return job.skip && *job.skip != 0; }
 
-  // The last tensor whose first piece (or judge) is not after this one.
+  // The last tensor whose first piece (or maker) is not after this one.
   __device__ __forceinline__ const SliceDeviceTensor& of(int64_t SliceDeviceTensor::* first, int64_t i) const {
     int begin = 0, end = job.tensor_count;
     while (end - begin > 1) {
@@ -537,10 +537,10 @@ __device__ __forceinline__ double combine_terms(const Pieces& pieces, const doub
 }
 
 template <class Pieces>
-__device__ __forceinline__ void judge_radii(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t judge,
-                                            bool again, double (&of_warps)[kWarps]) {
+__device__ __forceinline__ void make_radii(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t maker,
+                                           bool again, double (&of_warps)[kWarps]) {
   const bool many = pieces.terms() >= kManyTerms;
-  const int64_t slice = many ? judge : judge * kThreads + threadIdx.x, plane = pieces.partials();
+  const int64_t slice = many ? maker : maker * kThreads + threadIdx.x, plane = pieces.partials();
   const auto add = [](double a, double b) { return a + b; };
   const auto larger = [](double a, double b) { return b > a ? b : a; };
   SliceSums sums;
@@ -557,10 +557,10 @@ __device__ __forceinline__ void judge_radii(const SliceDeviceTensor& tensor, con
 }
 
 template <class Pieces>
-__device__ __forceinline__ void judge_slices(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t judge,
+__device__ __forceinline__ void make_factors(const SliceDeviceTensor& tensor, const Pieces& pieces, int64_t maker,
                                              double (&of_warps)[kWarps]) {
   const bool many = pieces.terms() >= kManyTerms;
-  const int64_t slice = many ? judge : judge * kThreads + threadIdx.x;
+  const int64_t slice = many ? maker : maker * kThreads + threadIdx.x;
   const double squares =
       combine_terms(pieces, tensor.partials, slice, many, of_warps, [](double a, double b) { return a + b; });
   if (slice < pieces.layout.count && (!many || threadIdx.x == 0))
@@ -568,27 +568,27 @@ __device__ __forceinline__ void judge_slices(const SliceDeviceTensor& tensor, co
         slice_factor(tensor.rule, tensor.bound.at(tensor.length.get()), norm_finish(NormType::two, squares));
 }
 
-__device__ __forceinline__ void slice_judge(const SliceTensors& tensors) {
+__device__ __forceinline__ void slice_factors(const SliceTensors& tensors) {
   struct Shared {
     double of_warps[kWarps];
   };
   REGFUSED_SHARED(Shared, shared);
   if (tensors.is_skipped()) return;
-  for (int64_t i = blockIdx.x; i < tensors.job.judges; i += gridDim.x) {
-    const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_judge, i);
+  for (int64_t i = blockIdx.x; i < tensors.job.makers; i += gridDim.x) {
+    const SliceDeviceTensor& tensor = tensors.of(&SliceDeviceTensor::first_maker, i);
     if (!tensor.data) continue;
-    const int64_t judge = i - tensor.first_judge;
+    const int64_t maker = i - tensor.first_maker;
     const bool again = tensors.job.again;
     if (!tensor.second_moment) {
       if (again) continue;
-      tensor.by_segments ? judge_slices(tensor, tensor.segments, judge, shared.of_warps)
-                         : judge_slices(tensor, tensor.columns, judge, shared.of_warps);
+      tensor.by_segments ? make_factors(tensor, tensor.segments, maker, shared.of_warps)
+                         : make_factors(tensor, tensor.columns, maker, shared.of_warps);
     } else if (is_neutral_in_metric(tensor)) {
       continue;
     } else if (!tensor.by_segments) {
-      judge_radii(tensor, tensor.columns, judge, again, shared.of_warps);
+      make_radii(tensor, tensor.columns, maker, again, shared.of_warps);
     } else if (tensor.segments.terms() > 1) {
-      judge_radii(tensor, tensor.segments, judge, again, shared.of_warps);
+      make_radii(tensor, tensor.segments, maker, again, shared.of_warps);
     }
   }
 }

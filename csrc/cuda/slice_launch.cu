@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<true>)
 
 template <size_t kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<false>)
-    slice_judge_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
-  slice_judge(SliceTensors(arguments.job, arguments.tensors));
+    slice_factor_kernel(const __grid_constant__ SliceArguments<kBytes> arguments) {
+  slice_factors(SliceTensors(arguments.job, arguments.tensors));
 }
 
 template <size_t kBytes, bool kDoubles>
@@ -58,14 +58,14 @@ template <size_t kBytes>
   if (bytes > sizeof arguments.tensors) return cudaErrorInvalidValue;
   arguments.job = job;
   std::memcpy(arguments.tensors, tensors, bytes);
-  void (*kernel)(SliceArguments<kBytes>) = slice_judge_kernel<kBytes>;
+  void (*kernel)(SliceArguments<kBytes>) = slice_factor_kernel<kBytes>;
   if (pass == SlicePass::measure)
     kernel = doubles ? slice_measure_kernel<kBytes, true> : slice_measure_kernel<kBytes, false>;
   if (pass == SlicePass::sum) kernel = doubles ? slice_sum_kernel<kBytes, true> : slice_sum_kernel<kBytes, false>;
   if (pass == SlicePass::scale) kernel = doubles ? slice_scale_kernel<kBytes, true> : slice_scale_kernel<kBytes, false>;
   if (pass == SlicePass::shrink)
     kernel = doubles ? slice_shrink_kernel<kBytes, true> : slice_shrink_kernel<kBytes, false>;
-  const int64_t blocks = pass == SlicePass::judge ? job.judges : job.pieces;
+  const int64_t blocks = pass == SlicePass::factors ? job.makers : job.pieces;
   return launch(kernel, arguments, static_cast<int>(std::min(blocks, kMostBlocks)), stream);
 }
 

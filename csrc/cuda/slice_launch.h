@@ -10,7 +10,7 @@ namespace regfused {
 // How many tensors fit the arguments of a kernel on this machine.
 size_t slice_tensors_of_launch();
 
-enum class SlicePass { measure, sum, judge, scale, shrink };
+enum class SlicePass { measure, sum, factors, scale, shrink };
 
 // `tensors`: job.tensor_count of them, on the host. `doubles`: whether one is float64.
 [[nodiscard]] cudaError_t launch_slices(SlicePass pass, const SliceJob& job, const SliceDeviceTensor* tensors,

@@ -101,30 +101,30 @@ __device__ __forceinline__ void by_slot_set(unsigned slot_set, const Function& f
 // --- The norm -------------------------------------------------------------------------------------
 
 // This thread's share of a chunk, accumulated in A.
-template <class A, class S, bool kPenalty>
+template <class A, class S, bool kReadsParam>
 __device__ __forceinline__ A norm_share(const StepPlace& place, const StepNormRules<Arithmetic<S>>& rules,
                                         NormType type) {
   const S* __restrict__ grads = place.grads<S>();
   const S* __restrict__ params = place.param<S>();
   A accumulated = 0;
-  for_each_pack(grads, place.size, kPenalty && !same_alignment(grads, params), [&](const PackPlace& at) {
+  for_each_pack(grads, place.size, kReadsParam && !same_alignment(grads, params), [&](const PackPlace& at) {
     WidePack<S> grad, param;
     grad.load(grads, at);
-    if constexpr (kPenalty) param.load(params, at);
+    if constexpr (kReadsParam) param.load(params, at);
 #pragma unroll
     for (int j = 0; j < kPerAccess<S>; ++j) {
       Arithmetic<S> h = rules.gradient(widen(grad.at[j]));
-      if constexpr (kPenalty) h = rules.h(h, widen(param.at[j]));
+      if constexpr (kReadsParam) h = rules.h(h, widen(param.at[j]));
       accumulated = norm_accumulate(type, accumulated, A(h));
     }
   });
   return accumulated;
 }
 
-template <class S, bool kPenalty>
+template <class S, bool kReadsParam>
 __device__ __forceinline__ double norm_share(const StepPlace& place, const StepNormRules<Arithmetic<S>>& rules,
                                              NormType type) {
-  return exact_sum<Arithmetic<S>>([&]<class A>() { return norm_share<A, S, kPenalty>(place, rules, type); });
+  return exact_sum<Arithmetic<S>>([&]<class A>() { return norm_share<A, S, kReadsParam>(place, rules, type); });
 }
 
 template <bool kDoubles>
@@ -149,7 +149,7 @@ __device__ __forceinline__ void step_norm(const StepJob& job, const StepInputs& 
         const auto& rules = shared.rules.template get<StepNormRules<T>>(place.key(0), made, [&] {
           const StepHyper hyper = inputs.groups[place.row.group].read();
           return StepNormRules<T>{StepGradient<T>(hyper, job.grad_scale.get()), StepNormGradient<T>(hyper),
-                                  hyper.penalty_in_norm()};
+                                  hyper.norm_reads_param()};
         });
         const double share =
             rules.reads_param ? norm_share<S, true>(place, rules, type) : norm_share<S, false>(place, rules, type);
@@ -190,7 +190,7 @@ __device__ __forceinline__ void write_record(const StepJob& job, const StepVerdi
 }
 
 // This thread's share of a chunk; its penalty.
-template <class R, class S, unsigned kSlots>
+template <class R, class S, unsigned kSlots, bool kMore>
 __device__ __forceinline__ Arithmetic<S> step_share(const StepPlace& place,
                                                     const StepUpdateRules<Arithmetic<S>, R>& rules) {
   using T = Arithmetic<S>;
@@ -214,8 +214,8 @@ __device__ __forceinline__ Arithmetic<S> step_share(const StepPlace& place,
 #pragma unroll
       for (int k = 0; k < kMostSlots; ++k)
         if (kSlots >> k & 1) s[k] = widen(slots[k].at[j]);
-      if (rules.has_penalty) penalty += rules.penalty(p);
-      rules.element.template operator()<kSlots>(p, rules.gradient(widen(grad.at[j])), s);
+      if (rules.has_penalty) penalty += rules.penalty.template operator()<kMore>(p);
+      rules.element.template operator()<kSlots, kMore>(p, rules.gradient(widen(grad.at[j])), s);
       narrow(p, param.at[j]);
 #pragma unroll
       for (int k = 0; k < kMostSlots; ++k)
@@ -312,10 +312,12 @@ __device__ __forceinline__ void step_update(const StepJob& job, const StepInputs
           const StepTime time = R::at(hyper.own<typename R::Hyper>(), t);
           return StepUpdateRules<T, R>{StepGradient<T>(hyper, job.grad_scale.get()),
                                        StepElement<T, R::template Rule>(hyper, shared.verdict.clip_coef, time),
-                                       ElasticNetValue<T>(hyper.l1, hyper.l2), hyper.has_penalty()};
+                                       ElasticNetValue<T>(hyper.l1, hyper.l2, hyper.concavity), hyper.has_penalty()};
         });
-        by_slot_set<R>(place.row.slot_set,
-                       [&]<unsigned kSlots>() { penalty += step_share<R, S, kSlots>(place, rules); });
+        by_slot_set<R>(place.row.slot_set, [&]<unsigned kSlots>() {
+          penalty += rules.element.more ? step_share<R, S, kSlots, true>(place, rules)
+                                        : step_share<R, S, kSlots, false>(place, rules);
+        });
         if (job.write_unscaled_grad) {
           __syncthreads();  // all threads have read their gradients, which may be others than they unscale
           unscale_share<S>(place, rules.gradient);

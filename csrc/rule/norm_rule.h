@@ -10,6 +10,12 @@ namespace regfused {
 
 enum class NormType { one, two, inf };
 
+// torch writes the type of a norm as a number.
+inline bool is_fused_norm(double type) { return type == 1 || type == 2 || type == INFINITY; }
+inline NormType fused_norm(double type) {
+  return type == 1 ? NormType::one : type == 2 ? NormType::two : NormType::inf;
+}
+
 inline namespace REGFUSED_ISA {
 
 // One more element into an accumulator that starts at 0. A NaN stays, in the maximum too.

@@ -54,9 +54,10 @@ class Entry:
 
     def h(self) -> Tensor:
         """What the norm is taken of."""
+        h = self.grad()
         if self.group["penalty_in_clip"] and not self.group["proximal"]:
-            return _add_penalty_gradient(self.grad(), self.value, self.group)
-        return self.grad()
+            h = _add_penalty_gradient(h, self.value, self.group)
+        return torch.where(self.value == 0, 0, h) if self.group["keep_zeros"] else h
 
 
 def collect(
@@ -97,9 +98,12 @@ def _check(entry: Entry, place: str, operation: str, rule: Rule) -> None:
     rule.check_gradient(operation, place, entry.group, param, grad)
     if entry.sparse and not (entry.grad_scale is None and options.group_allows_sparse(entry.group, rule)):
         raise RuntimeError(
-            f"{operation}: penalties, clipping, weight decay, nonfinite, classical_momentum, differentiable and "
-            f"fused=True demand dense gradients, but one of shape {tuple(param.shape)} has layout {grad.layout}"
+            f"{operation}: penalties, clipping, weight decay, nonfinite, keep_zeros, nonnegative, classical_momentum, "
+            f"differentiable and fused=True demand dense gradients, but one of shape {tuple(param.shape)} has layout "
+            f"{grad.layout}"
         )
+    if entry.group["nonnegative"] and param.is_complex():
+        raise RuntimeError(f"{operation}: nonnegative demands real parameters, but {place} is {param.dtype}")
     if grad.shape != param.shape:
         raise RuntimeError(
             f"{operation}: a gradient must have the shape of its parameter, but {place} has one of {tuple(grad.shape)}"
@@ -276,6 +280,10 @@ class Update:
             d = _add_penalty_gradient(d, param, group)
         if is_on(weight_decay) and not group["decoupled_weight_decay"]:
             d = d + weight_decay * old
+        if group["proximal"] and is_on(group["l1"]) and is_on(group["concavity"]):
+            d = d - _bent(param, group)  # l1*|p| itself is in the map
+        if group["keep_zeros"]:
+            d = torch.where(old == 0, 0, d)
 
         moved, t = self._moved(entry, d, lr)
 
@@ -289,6 +297,10 @@ class Update:
             length = self._rule.steady_gain(group) * moved.length
             shrunk = torch.clamp(torch.abs(new) - length * group["l1"], min=0)
             new = torch.sgn(new) * shrunk / (1 + 2 * length * group["l2"])
+        if group["nonnegative"] and is_on(lr):
+            new = torch.where(new < 0, 0, new)
+        if group["keep_zeros"]:
+            new = torch.where(old == 0, old, new)
         new = new.to(param.dtype)
         if is_on(group["group_l1"]) and is_on(lr):
             # In the metric of the step, made of the slots as they are stored.
@@ -463,18 +475,33 @@ def _arithmetic(tensor: Tensor) -> Tensor:
 
 
 def _add_penalty_gradient(grad: Tensor, param: Tensor, group: Group) -> Tensor:
-    """grad + l1*sign(p) + 2*l2*p, with sign(0) = 0."""
+    """grad + l1*sign(p) + 2*l2*p - clamp(concavity*p, -l1, l1), with sign(0) = 0."""
     p = _arithmetic(param)
     if is_on(group["l1"]):
         grad = grad + group["l1"] * torch.sgn(p)
+        if is_on(group["concavity"]):
+            grad = grad - _bent(param, group)
     if is_on(group["l2"]):
         grad = grad + 2 * group["l2"] * p
     return grad
 
 
+def _bent(param: Tensor, group: Group) -> Tensor:
+    """clamp(concavity*p, -l1, l1): by what the gradient of the concave penalty is less than that of l1*|p|."""
+    p = _arithmetic(param)
+    return torch.sgn(p) * torch.clamp(group["concavity"] * torch.abs(p), max=group["l1"])
+
+
 @torch.no_grad()
 def _penalty(param: Tensor, group: Group) -> Tensor:
-    """l1*sum|p| + l2*sum(p^2): 0-dim, in float64."""
+    """The value of l1*sum|p| + l2*sum(p^2), l1 concave or not: 0-dim, in float64."""
     size = torch.abs(param).double()
-    absolute = group["l1"] * size.sum() if is_on(group["l1"]) else size.new_zeros(())
+    absolute = size.new_zeros(())
+    if is_on(group["l1"]):
+        l1, concavity = group["l1"], group["concavity"]
+        if is_on(concavity):
+            bent = torch.clamp(size, max=l1 / concavity)
+            absolute = (l1 * bent - concavity / 2 * bent.square()).sum()
+        else:
+            absolute = l1 * size.sum()
     return absolute + (group["l2"] * size.square().sum() if is_on(group["l2"]) else 0.0)

@@ -75,6 +75,21 @@ std::vector<Case> cases() {
        amp(NormType::two, 8, true), 50},
       {"amsgrad, elastic net", by_adam, with({.lr = 0.1, .l1 = 0.2, .l2 = 0.1}, amsgrad), {}, 50},
       {"Adam, proximal", by_adam, with({.lr = 0.1, .l1 = 0.5, .l2 = 0.2, .proximal = true}, adam)},
+      {"nonnegative, kept zeros",
+       sgd,
+       with({.lr = 0.1, .l1 = 0.3, .keep_zeros = true, .nonnegative = true}, SgdHyper{.momentum = 0.9}),
+       {},
+       50},
+      {"kept zeros",
+       sgd,
+       with({.lr = 0.1, .weight_decay = 0.1, .keep_zeros = true}, SgdHyper{.momentum = 0.9}),
+       {},
+       50},
+      {"concave l1", sgd, {.lr = 0.1, .l1 = 0.5, .concavity = 0.3}, {}, 50},
+      {"proximal, concave l1", sgd, {.lr = 0.1, .l1 = 3, .l2 = 0.5, .concavity = 2, .proximal = true}},
+      {"Adam, kept zeros", by_adam, with({.lr = 0.1, .weight_decay = 0.1, .keep_zeros = true}, adam), {}, 50},
+      {"Adam, proximal, concave l1", by_adam,
+       with({.lr = 0.1, .l1 = 0.5, .l2 = 0.2, .concavity = 1, .proximal = true, .nonnegative = true}, adam)},
       {"Adam, decoupled proximal", by_adam, with({.lr = 0.1, .l1 = 3, .l2 = 0.2, .proximal = true}, decoupled)},
   };
 }
@@ -159,7 +174,7 @@ struct ByFormula {
       double of_slots[kMostSlots] = {};
       for (int slot = 0; slot < kMostSlots; ++slot)
         if ((kSlots >> slot & 1) != 0) of_slots[slot] = slots[slot][i];
-      element.template operator()<kSlots>(param[i], gradient(unscaled[i]), of_slots);
+      element.template operator()<kSlots, true>(param[i], gradient(unscaled[i]), of_slots);
       for (int slot = 0; slot < kMostSlots; ++slot)
         if ((kSlots >> slot & 1) != 0) slots[slot][i] = of_slots[slot];
     }
@@ -174,7 +189,9 @@ double norm_by_formula(const Case& of, const Tensors& tensors) {
     for (int64_t i = 0; i < tensors[t].param.numel(); ++i) {
       const double p = tensors[t].param[i];
       double x = tensors[t].grad[i] / of.scalars.grad_scale * (h.maximize ? -1 : 1);
-      if (h.penalty_in_clip && !h.proximal) x += h.l1 * sign(p) + 2 * h.l2 * p;
+      if (h.penalty_in_clip && !h.proximal)
+        x += std::max(h.l1 - h.concavity * std::abs(p), 0.0) * sign(p) + 2 * h.l2 * p;
+      if (h.keep_zeros && p == 0) x = 0;
       sum += of.scalars.norm_type == NormType::one ? std::abs(x) : x * x;
       largest = std::max(largest, std::abs(x));
     }
@@ -187,7 +204,11 @@ void check_penalty(const Case& of, const Tensors& from, const Step& step) {
   double want = 0;
   for (const Tensor& tensor : from)
     if (tensor.has_grad)
-      for (const double p : tensor.param.values()) want += of.hyper.l1 * std::abs(p) + of.hyper.l2 * p * p;
+      for (const double p : tensor.param.values()) {
+        const double flat = of.hyper.concavity == 0 ? std::abs(p) : of.hyper.l1 / of.hyper.concavity;
+        const double bent = std::min(std::abs(p), flat);
+        want += of.hyper.l1 * bent - of.hyper.concavity / 2 * bent * bent + of.hyper.l2 * p * p;
+      }
   expect_near(step.penalty, want, of.name + ": penalty");
 }
 
