@@ -82,8 +82,8 @@ WIDE = {
 }
 
 # Bytes that a thread may spill. A step: the sum of penalties of a span and a few addresses, once for a chunk of 16384
-# elements. In the machine code of sm_75 and sm_80 nothing is spilled inside of a loop over elements. Newer architectures
-# need more for addresses.
+# elements. In the machine code of sm_75 and sm_80 nothing is spilled inside of a loop over elements. Newer
+# architectures need more for addresses.
 SPILLS = {
     (f"step_kernel<{room}, {rule}, {doubles}>", architecture): {75: 112, 100: 96, 120: 96}.get(architecture, 48)
     for room in ROOMS
