@@ -105,7 +105,7 @@ $(VENV)/installed: requirements-dev.txt
 # Into $(OUT)/docs; a broken link or a name that is not there is an error.
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
-	$(BIN)/mkdocs build --strict --site-dir $(abspath $(OUT))/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(OUT))/docs
 
 lint: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LINTERS)
