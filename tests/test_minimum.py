@@ -11,6 +11,8 @@ from regfused import reference
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 
+pytestmark = pytest.mark.long
+
 KINDS = pytest.mark.parametrize("module", (regfused, reference), ids=("kernels", "reference"))
 
 # How a step is made of a gradient. Without k the zeros would be those of another strength.

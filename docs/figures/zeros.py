@@ -194,6 +194,7 @@ def train(problem: Problem, way: Way, strength: float) -> tuple[int, float]:
 def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     torch.set_num_threads(1)  # the models are too small to gain from more
     console = Console(width=120)
@@ -229,6 +230,9 @@ def main() -> None:
         visible = [n for points in seen.values() for n, score, _ in points if score >= bottom]
         axis.set_ylim(bottom=bottom, top=best + 0.02)
         axis.set_xlim(left=min(visible) * 0.7)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
