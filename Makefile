@@ -20,9 +20,11 @@ SHELL := bash
 BIN := $(VENV)/bin
 # ninja prints whole compiler commands; the file is enough.
 SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\1 \2/; s/^g\+\+ .*-shared .*/link/'
+# Whoever develops wants no build without compiled part.
+export REGFUSED_BUILD ?= require
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test test-all matrix sanitize bench gpu-check build docs lint format clean
+.PHONY: help demo test test-all matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
@@ -30,6 +32,8 @@ help:
 	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers"
 	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
 	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"
+	@echo "make aarch64  cross-compile the CPU kernels for 64-bit Arm and check them under qemu, which must be installed"
+	@echo "make wheels   a wheel for the torch of $(VENV), in $(OUT)/wheels, and tests of it in a clean environment"
 	@echo "make bench    measure the step, the penalty, clipping and dropout against torch; targets at the"
 	@echo "              end, result files in $(RESULTS)/"
 	@echo "make gpu-check   on a machine with a GPU, with the torch of GPU_PYTHON=$(GPU_PYTHON): compile, test, count launches,"
@@ -62,6 +66,23 @@ matrix: $(VENV)/installed
 # Needs torch and the tests, but nothing of the ordinary build: it compiles all of it under sanitizers.
 sanitize: $(VENV)/installed
 	$(BIN)/python -m tests.sanitizers
+
+aarch64: $(VENV)/installed
+	$(BIN)/python -m tests.aarch64
+
+# The version says for which torch it is: 0.1.0+torch2.13.0.cpu. The tests are copied, so that they find no checkout.
+wheels: $(VENV)/installed
+	rm -rf $(OUT)/wheels
+	REGFUSED_LOCAL_VERSION=torch$$($(BIN)/python -c "import torch; print(torch.__version__.replace('+', '.'))") \
+		$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(OUT)/wheels .
+	@echo "== tests of the wheel, in an environment of its own"
+	$(BIN)/python -m venv $(OUT)/wheels/environment
+	$(OUT)/wheels/environment/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r requirements-dev.txt $(OUT)/wheels/*.whl
+	mkdir $(OUT)/wheels/tests && cp tests/*.py $(OUT)/wheels/tests
+	cd $(OUT)/wheels && environment/bin/python -m regfused && \
+		environment/bin/python -m pytest -q -n 2 -p no:cacheprovider $(patsubst %,tests/test_%.py,step_parity step_state penalty dropout)
+	rm -r $(OUT)/wheels/tests $(OUT)/wheels/environment
+	@ls $(OUT)/wheels
 
 bench: build
 	@for piece in $(foreach rule,sgd adam,"step --optimizer $(rule) --models $(STEP_MODELS)" $(foreach threads,1 2,\

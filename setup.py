@@ -1,4 +1,9 @@
-"""Builds regfused._C: lists the sources and decides whether CUDA is compiled; everything else is in pyproject.toml."""
+"""Builds regfused._C: lists the sources and decides whether and for what they are compiled.
+
+Environment variables: REGFUSED_BUILD=require fails where nothing can be compiled, instead of installing the package in
+pure PyTorch; REGFUSED_CUDA=0 leaves the CUDA kernels out, 1 demands them; REGFUSED_LOCAL_VERSION=torch2.13.cpu makes
+the version 0.1.0+torch2.13.cpu. Everything else is in pyproject.toml.
+"""
 
 import os
 import re
@@ -6,6 +11,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -16,12 +23,70 @@ if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/bin/nvcc").exists():
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 except ImportError as error:
     sys.exit(
         f"regfused is compiled against the torch you train with, but torch cannot be imported here ({error}).\n"
         "Install torch first, then: pip install --no-build-isolation ."
     )
+
+
+def version() -> str:
+    here = re.search(r'^__version__ = "(.+)"$', Path("regfused/__init__.py").read_text(), re.MULTILINE)
+    local = os.environ.get("REGFUSED_LOCAL_VERSION")
+    return here[1] + (f"+{local}" if local else "")
+
+
+def why_not_compiled() -> str:
+    """Why this machine compiles no C++20 against Python's headers, or an empty string."""
+    compiler = get_cxx_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "tried.cpp")
+        source.write_text("#include <Python.h>\n#include <omp.h>\n#include <span>\nstd::span<int> nothing;\n")
+        command = [
+            compiler,
+            "-std=c++20",
+            "-fopenmp",
+            "-I",
+            sysconfig.get_path("include"),
+            "-c",
+            source,
+            "-o",
+            os.devnull,
+        ]
+        try:
+            tried = subprocess.run([compiler, *flags, "-c", source, "-o", os.devnull], capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            return f"there is no C++ compiler: {compiler}: {error.strerror} (CXX names another)"
+    if tried.returncode == 0:
+        return ""
+    said = next((line for line in tried.stderr.splitlines() if "error" in line), tried.stderr.strip()[-200:])
+    return f"{compiler} compiles no C++20 for Python here: {said.replace(f'{folder}/', '')} (CXX names another)"
+
+
+class BuildCompiledPart(BuildExtension):
+    """Compiles, or leaves a note that says why not: the package shows it when it is imported."""
+
+    def run(self) -> None:
+        asked = os.environ.get("REGFUSED_BUILD", "")
+        if asked not in ("", "require"):
+            sys.exit(f"REGFUSED_BUILD must be empty or require, but is {asked!r}")
+        why = why_not_compiled()
+        if why and asked == "require":
+            sys.exit(f"REGFUSED_BUILD=require demands the compiled part of regfused, but {why}")
+        if not why and shutil.which("ninja") is None:
+            sys.exit(
+                "regfused is compiled by ninja, which is not on the path.\n"
+                'Type: pip install ninja "setuptools>=77" pybind11, and then: pip install --no-build-isolation .'
+            )
+        note = Path(self.build_lib, "regfused", "not_compiled.txt")
+        note.unlink(missing_ok=True)
+        if why:
+            print(f"regfused: without its compiled part, in pure PyTorch: {why}")
+            self.extensions = []
+            if not self.inplace:
+                note.write_text(f"{why}\n")
+        super().run()
 
 
 def toolkit() -> str:
@@ -76,67 +141,71 @@ def folder_with_digest() -> str:
     return str(header.parent.absolute())
 
 
-sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+def extension_module() -> CppExtension:
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
-flags = [
-    "-std=c++20",
-    "-O3",
-    "-g0",
-    "-fopenmp",  # for at::parallel_for; not given to the linker: torch's own OpenMP runtime is the only one
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unused-parameter",  # in headers of torch
-    "-Wno-maybe-uninitialized",  # in the AVX-512 header of g++ 12
-    "-Wno-psabi",  # vectors never cross a function that is not inlined
-    # The same bits on every instruction set: no contraction of a*b + c. NaN, infinities and signed zeros
-    # stay; only errno and floating-point traps, which nothing reads, are given up.
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-
-no_cuda = why_no_cuda()
-if no_cuda:
-    print(f"regfused: without CUDA kernels: {no_cuda}")
-    cpu_sources = [source for source in sources if Path(source).parts[1] != "cuda"]
-    extension = CppExtension("regfused._C", cpu_sources, extra_compile_args=flags)
-else:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
-    print(f"regfused: with CUDA kernels, nvcc {toolkit()}, for {os.environ['TORCH_CUDA_ARCH_LIST']}")
-    nvcc_flags = [
+    flags = [
         "-std=c++20",
         "-O3",
-        "-fmad=false",  # the same arithmetic as on the CPU; memory is what limits the kernels
-        "-Xcompiler=-fvisibility=hidden",
+        "-g0",
+        "-fopenmp",  # for at::parallel_for; not given to the linker: torch's own OpenMP runtime is the only one
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",  # in headers of torch
+        "-Wno-maybe-uninitialized",  # in the AVX-512 header of g++ 12
+        "-Wno-psabi",  # vectors never cross a function that is not inlined
+        # The same bits on every instruction set: no contraction of a*b + c. NaN, infinities and signed zeros
+        # stay; only errno and floating-point traps, which nothing reads, are given up.
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
     ]
-    extension = CUDAExtension(
-        "regfused._C",
-        [*sources, *sorted(str(path) for path in Path("csrc").rglob("*.cu"))],
-        define_macros=[("REGFUSED_CUDA", None)],
-        extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
-    )
 
-    # The CUDA runtime goes into the extension, where it can: another release of it may come with torch.
-    runtime = next(
-        (path for lib in ("lib64", "lib") for path in Path(str(CUDA_HOME), lib).glob("libcudart_static.a")), None
-    )
-    if runtime:
-        extension.libraries.remove("cudart")
-        extension.extra_link_args += [
-            str(runtime),
-            "-ldl",
-            "-lrt",
-            "-lpthread",
-            "-Wl,--exclude-libs,libcudart_static.a",
+    no_cuda = why_no_cuda()
+    if no_cuda:
+        print(f"regfused: without CUDA kernels: {no_cuda}")
+        cpu_sources = [source for source in sources if Path(source).parts[1] != "cuda"]
+        extension = CppExtension("regfused._C", cpu_sources, extra_compile_args=flags)
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
+        print(f"regfused: with CUDA kernels, nvcc {toolkit()}, for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+        nvcc_flags = [
+            "-std=c++20",
+            "-O3",
+            "-fmad=false",  # the same arithmetic as on the CPU; memory is what limits the kernels
+            "-Xcompiler=-fvisibility=hidden",
         ]
+        extension = CUDAExtension(
+            "regfused._C",
+            [*sources, *sorted(str(path) for path in Path("csrc").rglob("*.cu"))],
+            define_macros=[("REGFUSED_CUDA", None)],
+            extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
+        )
 
-extension.include_dirs.append(folder_with_digest())
-# A source distribution holds the headers, and the CUDA kernels whatever this torch is built for.
-extension.depends += sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file())
+        # The CUDA runtime goes into the extension, where it can: another release of it may come with torch.
+        runtime = next(
+            (path for lib in ("lib64", "lib") for path in Path(str(CUDA_HOME), lib).glob("libcudart_static.a")), None
+        )
+        if runtime:
+            extension.libraries.remove("cudart")
+            extension.extra_link_args += [
+                str(runtime),
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+                "-Wl,--exclude-libs,libcudart_static.a",
+            ]
+
+    extension.include_dirs.append(folder_with_digest())
+    # A source distribution holds the headers, and the CUDA kernels whatever this torch is built for.
+    extension.depends += sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file())
+    return extension
+
 
 setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    version=version(),
+    ext_modules=[extension_module()],
+    cmdclass={"build_ext": BuildCompiledPart.with_options(use_ninja=True)},
     options={"build_ext": {"build_temp": f"build/{sys.implementation.cache_tag}"}},
 )

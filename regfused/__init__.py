@@ -6,6 +6,7 @@ from regfused import reference
 from regfused.adam import Adam, AdamW
 from regfused.build import build_info
 from regfused.clip_grad_norm import clip_grad_norm_, grad_norm
+from regfused.convert import Conversion, convert
 from regfused.dropout import Dropout, dropout
 from regfused.max_norm import constrain_max_norm_
 from regfused.path import path
@@ -21,12 +22,14 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Conversion",
     "Dropout",
     "OptionScheduler",
     "RegularizationPath",
     "build_info",
     "clip_grad_norm_",
     "constrain_max_norm_",
+    "convert",
     "dropout",
     "elastic_net",
     "grad_norm",

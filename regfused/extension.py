@@ -56,6 +56,8 @@ def _load() -> tuple[ModuleType | None, str]:
         broken = _why_incomplete()
         if broken:
             return None, broken
+        if importlib.util.find_spec("regfused._C") is None and "regfused._C" not in sys.modules:
+            return None, _why_absent()
         from regfused import _C  # type: ignore[attr-defined]
     except Exception as error:  # a damaged file may fail in any way
         return None, f"it cannot be imported ({error})"
@@ -73,6 +75,11 @@ def _load() -> tuple[ModuleType | None, str]:
     if built != running:
         return None, f"it was built for torch {built}, and this is torch {running}"
     return _C, ""
+
+
+def _why_absent() -> str:
+    reason = Path(__file__).with_name("not_compiled.txt")  # where setup.py could not compile
+    return f"it was not compiled: {reason.read_text().strip()}" if reason.exists() else "there is none"
 
 
 def _why_incomplete() -> str:

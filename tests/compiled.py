@@ -25,6 +25,7 @@ class Unit:
     source: Path
     object: Path
     flags: tuple[str, ...]
+    compiler: str = ""  # of this machine, if empty
 
 
 def compiler() -> str:
@@ -58,16 +59,18 @@ def compile_units(units: Sequence[Unit], folders: Iterable[Path], purpose: str) 
     def compile_one(unit: Unit) -> None:
         print(f"compile {unit.source.relative_to(ROOT)} {purpose}", flush=True)
         unit.object.parent.mkdir(parents=True, exist_ok=True)
-        _make(unit.object, *unit.flags, "-c", unit.source)
+        _make(unit.compiler, unit.object, *unit.flags, "-c", unit.source)
 
     with ThreadPoolExecutor(max_workers=jobs()) as pool:
         list(pool.map(compile_one, stale))
     return [unit.object for unit in units]
 
 
-def link(target: Path, objects: Sequence[Path], flags: Iterable[str], libraries: Iterable[str] = ()) -> Path:
+def link(
+    target: Path, objects: Sequence[Path], flags: Iterable[str], libraries: Iterable[str] = (), linker: str = ""
+) -> Path:
     if not _is_newer(target, max(path.stat().st_mtime for path in objects)):
-        _make(target, *flags, *objects, *libraries)
+        _make(linker, target, *flags, *objects, *libraries)
     return target
 
 
@@ -89,8 +92,8 @@ def _is_newer(path: Path, time: float) -> bool:
     return path.exists() and path.stat().st_mtime >= time
 
 
-def _make(target: Path, *arguments: object) -> None:
+def _make(tool: str, target: Path, *arguments: object) -> None:
     # Renamed when it is complete: an interrupted run leaves nothing that looks finished.
     unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    subprocess.run([compiler(), *(str(word) for word in arguments), "-o", str(unfinished)], check=True)
+    subprocess.run([tool or compiler(), *(str(word) for word in arguments), "-o", str(unfinished)], check=True)
     unfinished.rename(target)

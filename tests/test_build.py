@@ -172,14 +172,82 @@ def test_python_asks_for_nothing_that_is_not_checked():
     assert plan | {"numbers", "stepped"} == set(extension._OFFERS["StepPlan"])
 
 
-def test_a_source_distribution_holds_all_sources(tmp_path):
-    checkout = tmp_path / "checkout"
+def _checkout(folder: Path) -> Path:
+    """A copy of what is built."""
+    checkout = folder / "checkout"
     for name in ("csrc", "regfused"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
-    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path / "dist"]
-    subprocess.run(command, cwd=checkout, env={**os.environ, "REGFUSED_CUDA": "0"}, check=True, timeout=120)
+    return checkout
+
+
+def _setup(checkout: Path, *arguments: object, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "--quiet", *map(str, arguments)]
+    environment = {**os.environ, "REGFUSED_CUDA": "0", "REGFUSED_BUILD": "", **env}
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+
+
+NO_COMPILER = "there is no C++ compiler: nothere: No such file or directory"
+
+
+def test_without_a_compiler_the_package_is_installed_and_says_why(tmp_path):
+    checkout = _checkout(tmp_path)
+    done = _setup(checkout, "build", "--build-lib", tmp_path / "installed", CXX="nothere")
+    assert done.returncode == 0, done.stderr
+    assert f"regfused: without its compiled part, in pure PyTorch: {NO_COMPILER}" in done.stdout
+    run = _import_copy(tmp_path / "installed")
+    assert run.returncode == 0, run.stderr
+    assert f"it was not compiled: {NO_COMPILER}" in run.stdout
+    assert "regfused runs in pure PyTorch" in run.stderr and NO_COMPILER in run.stderr
+    done = _setup(checkout, "build", CXX="nothere", REGFUSED_BUILD="require")
+    assert done.returncode == 1
+    assert f"REGFUSED_BUILD=require demands the compiled part of regfused, but {NO_COMPILER}" in done.stderr
+    done = _setup(checkout, "build", REGFUSED_BUILD="maybe")
+    assert done.returncode == 1
+    assert "REGFUSED_BUILD must be empty or require, but is 'maybe'" in done.stderr
+
+
+def test_with_a_compiler_that_knows_no_cpp20(tmp_path):
+    old = tmp_path / "c++"
+    old.write_text("#!/bin/sh\necho 'tried.cpp:3:10: fatal error: span: No such file' >&2\nexit 1\n")
+    old.chmod(0o755)
+    done = _setup(_checkout(tmp_path), "build", CXX=str(old), REGFUSED_BUILD="require")
+    assert done.returncode == 1
+    assert f"{old} compiles no C++20 for Python here: tried.cpp:3:10: fatal error: span: No such file" in done.stderr
+
+
+def test_without_ninja(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in {"g++", "c++", "as", "ld", "sh"}:
+        if shutil.which(tool):
+            (tools / tool).symlink_to(shutil.which(tool))
+    done = _setup(_checkout(tmp_path), "build", PATH=str(tools))
+    assert done.returncode == 1
+    assert "Type: pip install ninja" in done.stderr
+
+
+def test_without_torch(tmp_path):
+    checkout = _checkout(tmp_path)
+    (checkout / "torch.py").write_text("raise ImportError('No module named torch')")
+    done = _setup(checkout, "build")
+    assert done.returncode == 1
+    assert "Install torch first, then: pip install --no-build-isolation ." in done.stderr
+
+
+def test_the_version_stands_in_one_place(tmp_path):
+    checkout = _checkout(tmp_path)
+    for local, version in (("", regfused.__version__), ("torch2.13.cpu", f"{regfused.__version__}+torch2.13.cpu")):
+        done = _setup(checkout, "--version", REGFUSED_LOCAL_VERSION=local)
+        assert done.stdout.splitlines()[-1] == version, done.stderr
+    assert "version =" not in (ROOT / "pyproject.toml").read_text().split("[project]")[1].split("[tool.setuptools]")[0]
+
+
+def test_a_source_distribution_holds_all_sources(tmp_path):
+    # No compiler is needed for it.
+    done = _setup(_checkout(tmp_path), "sdist", "--dist-dir", tmp_path / "dist", CXX="nothere")
+    assert done.returncode == 0, done.stderr
     (distribution,) = (tmp_path / "dist").iterdir()
     with tarfile.open(distribution) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}

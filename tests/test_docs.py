@@ -79,3 +79,12 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in PAGES:
         assert f": {page.name}\n" in navigation, page.name
+
+
+def test_versions_that_stand_in_two_places_agree():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {regfused.__version__}\n" in citation
+    (linters,) = re.findall(r"^LINTERS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = re.findall(r"additional_dependencies: \[(.+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {hook.partition("==")[0] for hook in hooks} == {"ruff", "clang-format"}
+    assert set(hooks) <= set(linters.split())

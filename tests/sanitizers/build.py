@@ -39,17 +39,21 @@ class Sanitizer:
     name: str  # of a folder
     flags: tuple[str, ...]
     optimization: str = "-O1"
+    compiler: str = ""
 
 
 ADDRESS = Sanitizer("address", compiled.ADDRESS)
 THREAD = Sanitizer("thread", ("-fsanitize=thread",))
 # valgrind looks at ordinary code: that which users run.
 VALGRIND = Sanitizer("valgrind", (), "-O3")
+# No sanitizer, but another machine: tests/aarch64.py.
+AARCH64 = Sanitizer("aarch64", (), "-O3", "aarch64-linux-gnu-g++")
 
 
 def kernels(sanitizer: Sanitizer) -> list[Unit]:
     flags = (*FLAGS, sanitizer.optimization, *sanitizer.flags, *INCLUDES)
-    return [Unit(source, OUT / sanitizer.name / f"{source.stem}.o", flags) for source in KERNELS]
+    folder = OUT / sanitizer.name
+    return [Unit(source, folder / f"{source.stem}.o", flags, sanitizer.compiler) for source in KERNELS]
 
 
 def program(sanitizer: Sanitizer) -> list[Unit]:
@@ -58,12 +62,13 @@ def program(sanitizer: Sanitizer) -> list[Unit]:
     shims = (*FLAGS, "-D_OPENMP", f"-I{HERE / 'shims'}", *INCLUDES)
     folder = OUT / sanitizer.name / "program"
     flags = (*shims, sanitizer.optimization, *sanitizer.flags)
+    checks = folder if sanitizer.compiler else OUT / "checks"
     return [
         *kernels(sanitizer),
-        *(Unit(source, _object(folder, source), flags) for source in DRIVERS),
+        *(Unit(source, _object(folder, source), flags, sanitizer.compiler) for source in DRIVERS),
         # What checks results is not what is looked at, and fast without a sanitizer. It is linked last, so
         # that it brings no copy of an inline function that a driver calls.
-        *(Unit(source, OUT / "checks" / f"{source.stem}.o", (*shims, "-O2")) for source in CHECKS),
+        *(Unit(source, checks / f"{source.stem}.o", (*shims, "-O2"), sanitizer.compiler) for source in CHECKS),
     ]
 
 
@@ -85,13 +90,15 @@ def _object(folder: Path, source: Path) -> Path:
     return (folder / source.relative_to(CSRC)).with_suffix(".o")
 
 
-def compile_all(units: list[Unit]) -> None:
-    compiled.compile_units(units, [CSRC, HERE], "for the sanitizers")
+def compile_all(units: list[Unit], purpose: str = "for the sanitizers") -> None:
+    compiled.compile_units(units, [CSRC, HERE], purpose)
 
 
 def link_program(sanitizer: Sanitizer) -> Path:
     objects = [unit.object for unit in program(sanitizer)]
-    return compiled.link(OUT / sanitizer.name / "program" / "program", objects, ["-pthread", *sanitizer.flags])
+    return compiled.link(
+        OUT / sanitizer.name / "program" / "program", objects, ["-pthread", *sanitizer.flags], linker=sanitizer.compiler
+    )
 
 
 def link_extension() -> Path:
