@@ -55,7 +55,7 @@ def why_not_compiled() -> str:
             os.devnull,
         ]
         try:
-            tried = subprocess.run([compiler, *flags, "-c", source, "-o", os.devnull], capture_output=True, text=True, errors="replace")
+            tried = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError as error:
             return f"there is no C++ compiler: {compiler}: {error.strerror} (CXX names another)"
     if tried.returncode == 0:

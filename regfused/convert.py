@@ -39,8 +39,8 @@ def convert(model: nn.Module, *, undo: bool = False) -> Conversion:
         undo: make every `regfused.Dropout` a ``torch.nn.Dropout`` again.
 
     Returns:
-        A `Conversion`: ``count``, the number of converted modules, and ``left_alone``, a dictionary from the name of each
-        module that drops and was left alone to the name of its type.
+        A `Conversion`: ``count``, the number of converted modules, and ``left_alone``, a dictionary from the name of
+        each module that drops and was left alone to the name of its type.
 
     Raises:
         TypeError: where ``model`` is no module.
