@@ -40,7 +40,7 @@ help:
 	@echo "              check memory accesses, measure; result files in $(RESULTS)/; $(GPU_SECONDS) s at most."
 	@echo "              REHEARSE=1 needs no GPU: small shapes on the CPU, result files in $(OUT)/"
 	@echo "make matrix   build and test with the oldest and the newest torch and Python, each in an environment of its own,"
-	@echo "              of up to 6 GB; ROWS=\"oldest newest-cpu\" runs these alone, KEEP=1 keeps environments"
+	@echo "              of up to 6 GB; ROWS=\"oldest newest\" runs these alone, KEEP=1 keeps environments"
 	@echo "make docs     the documentation as a website, in $(OUT)/docs"
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make clean    remove what was built and $(VENV)"
@@ -87,7 +87,7 @@ wheels: $(VENV)/installed
 bench: build
 	@for piece in $(foreach rule,sgd adam,"step --optimizer $(rule) --models $(STEP_MODELS)" $(foreach threads,1 2,\
 			"step --optimizer $(rule) --models in_cache --threads $(threads) --seconds 6 --stem $(rule)_in_cache_$(threads)")) \
-			penalty clip dropout; do \
+			penalty clip dropout zeros; do \
 		echo "== $$piece"; \
 		$(BIN)/python -m benchmarks.bench_$$piece --out $(RESULTS); \
 	done

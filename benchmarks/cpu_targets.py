@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import clip_jobs, dropout_jobs, models, penalty_jobs, report, step_jobs
+from benchmarks import clip_jobs, dropout_jobs, models, penalty_jobs, report, step_jobs, zeros_jobs
 from benchmarks.job import Job
 
 
@@ -61,6 +61,12 @@ TARGETS = [
     Target("adam", STEP, "resnet50", step_jobs.FUSED, 0.97),
     Target("adam", STEP, "gpt2_124m", step_jobs.FUSED, 0.97),
     *(target for optimizer in step_jobs.OPTIMIZERS for threads in (1, 2) for target in in_cache(optimizer, threads)),
+    # The option must not cost more than this share: 1/1.3 and 1/2.
+    Target("zeros", zeros_jobs.GROUP_ROWS, "large_layers", zeros_jobs.WITHOUT, 0.77),
+    Target("zeros", zeros_jobs.GROUP_ROWS, "large_layers", zeros_jobs.TORCH, 3),
+    Target("zeros", zeros_jobs.GROUP_COLUMNS, "large_layers", zeros_jobs.WITHOUT, 0.5),
+    Target("zeros", zeros_jobs.GROUP_COLUMNS, "large_layers", zeros_jobs.TORCH, 3),
+    Target("zeros", zeros_jobs.KEEP_ZEROS, "large_layers", zeros_jobs.WITHOUT, 0.97),
     Target("penalty", penalty_jobs.PENALTY, "resnet50", penalty_jobs.TWO_LINES, 3),
     Target("penalty", penalty_jobs.PENALTY, "many_small_1000x1k", penalty_jobs.TWO_LINES, 30),
     Target("clip", clip_jobs.CLIP, "resnet50", clip_jobs.TORCH, 1.15),
@@ -79,6 +85,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> report.Table:
     how = {found["dtype"] for found in results.values()}
     note = (
         "Medians of the peer over medians of regfused; peak memory: KB that a call needs beyond what it begins with. "
+        "large_layers: the lowest of layers_4x1024, resnet50 and gpt2_124m. "
         f"in_cache: the lowest of 64 K, 256 K, 1 M and 4 M elements, each in one tensor and in eight. "
         f"'?': not measured. The targets are for float32; measured: {', '.join(sorted(how))}."
     )

@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 DEFAULT_MODELS = "mlp_251,many_small_1000x1k,resnet50,gpt2_124m"
 # Where most models on a CPU are, between the cache of a core and the memory: elements in all, in one tensor or eight.
 IN_CACHE = tuple(f"{size}_in_{tensors}" for size in ("64k", "256k", "1m", "4m") for tensors in (1, 8))
-SETS = {"in_cache": IN_CACHE}
+SETS = {"in_cache": IN_CACHE, "large_layers": ("layers_4x1024", "resnet50", "gpt2_124m")}
 GRAD_NORM = 2.0
 CHECKED_NUMEL = 4_000_000  # errors are measured on tensors of a model with this many elements at most
 

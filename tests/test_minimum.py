@@ -108,9 +108,10 @@ def test_nonnegative_linear_models(module, way, ratio, data):
     assert (free.coef_ < -0.1).any(), "the constraint must matter"
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "module, gamma", [(regfused, 1.5), (regfused, 3.0), (reference, 3.0)], ids=("kernels 1.5", "kernels 3", "reference 3")
+)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "AdamW"])
-@pytest.mark.parametrize("gamma", (1.5, 3.0))
 def test_minimax_concave_penalty(module, way, gamma, data):
     """Coordinate descent (Breheny and Huang, 2011) that starts there stays there, and large weights are not shrunk."""
     inputs, targets = data
