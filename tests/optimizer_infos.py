@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import bad_options
 import pytest
 import torch
-from step_cases import DEVICE
+from step_cases import DEVICE, OTHER_EXTENSION
 
 import regfused
 from regfused import reference
@@ -262,8 +262,8 @@ def each_optimizer(test: Callable, dtypes: tuple[torch.dtype, ...] = ()) -> Call
 
 
 def _implementations(info: Contract, dtype: torch.dtype = torch.float32) -> tuple[dict, ...]:
-    """All of them in the two types that are handled most differently; the twin has two, and the kernels no part in it."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    """All of them in the two types that differ most. The twin has two; another compiled part has the kernels."""
+    if OTHER_EXTENSION or dtype not in (torch.float32, torch.bfloat16):
         return IMPLEMENTATIONS[:1]
     return IMPLEMENTATIONS if info.has_kernels else IMPLEMENTATIONS[1:3]
 

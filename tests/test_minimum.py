@@ -109,7 +109,9 @@ def test_nonnegative_linear_models(module, way, ratio, data):
 
 
 @pytest.mark.parametrize(
-    "module, gamma", [(regfused, 1.5), (regfused, 3.0), (reference, 3.0)], ids=("kernels 1.5", "kernels 3", "reference 3")
+    "module, gamma",
+    [(regfused, 1.5), (regfused, 3.0), (reference, 3.0)],
+    ids=("kernels 1.5", "kernels 3", "reference 3"),
 )
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "AdamW"])
 def test_minimax_concave_penalty(module, way, gamma, data):

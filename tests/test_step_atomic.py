@@ -193,7 +193,8 @@ def _interrupted_step(training, n):
     return interrupt if interrupt.frame is not None else None
 
 
-@ALL
+# What comes between kernels is the same for another compiled part.
+@pytest.mark.parametrize("name", ("kernels", "group lasso", "Adam, first step") if OTHER_EXTENSION else NAMES)
 def test_interrupt_before_any_line(name, whole):
     length = 10_000
     for n in range(length):

@@ -33,6 +33,7 @@ def test_kernels_against_float64(rule, name, dtype, isa):
     assert optimizer._plan.tensors == len(SIZES)  # the kernels did it, not the reference
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule, name", CASES)
 def test_reference_against_float64(rule, name, dtype):

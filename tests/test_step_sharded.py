@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 WORLD = 2
+MODULES = {"kernels": regfused, "reference": reference}
 SHAPES = ((4, 3), (5, 2), (3, 4), (1,), (7,))  # some rows do not divide, and a rank may have none
 OPTIONS = {
     "momentum": {"momentum": 0.9},
@@ -33,6 +34,18 @@ OPTIONS = {
     "skip": {"momentum": 0.9, "nonfinite": "skip"},
     "not clipped": {},
 }
+OPTIONS_OF_ADAM = {
+    "Adam": {"weight_decay": 0.1},
+    "Adam, elastic net and clip": {"l1": 0.1, "l2": 0.05, "max_norm": 0.5, "amsgrad": True},
+    "Adam, proximal": {"l1": 0.3, "l2": 0.1, "proximal": True, "max_norm": 1.0},
+    "Adam, group lasso": {"group_l1": 0.3, "group_dim": 0, "max_norm": 1.0},
+    "Adam, sparse group lasso": {"group_l1": 0.3, "group_dim": -1, "l1": 0.1, "l2": 0.1, "proximal": True},
+}
+CASES = {
+    **{name: ("SGD", options) for name, options in OPTIONS.items()},
+    **{name: ("Adam", {"eps": 1e-3, **options}) for name, options in OPTIONS_OF_ADAM.items()},
+}
+SLOT = {"SGD": "momentum_buffer", "Adam": "exp_avg"}
 STEPS = 3
 
 
@@ -75,8 +88,9 @@ def step_all(rank: int, mesh) -> dict:
 
     results = {}
     for kind in KINDS:
-        for name, options in OPTIONS.items():
-            for make in (regfused.SGD, reference.SGD):
+        for name, (rule, options) in CASES.items():
+            for module in MODULES:
+                make = getattr(MODULES[module], rule)
                 params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), kind, mesh)]
                 optimizer = make(params, lr=0.1, **options)
                 versions = [p._version for p in params]
@@ -90,9 +104,10 @@ def step_all(rank: int, mesh) -> dict:
                 stats = optimizer.stats
                 if rank == 0:
                     norm = stats.grad_norm.item()  # no other rank takes part
-                buffers = [optimizer.state[p]["momentum_buffer"] for p in params if "momentum" in options]
+                has_slot = rule == "Adam" or "momentum" in options
+                buffers = [optimizer.state[p][SLOT[rule]] for p in params] if has_slot else []
                 assert [type(b) for b in buffers] == [type(p.data) for p in params][: len(buffers)]
-                results[kind, name, make.__module__] = {
+                results[kind, name, module] = {
                     "collectives": counting.get_total_counts(),
                     "params": [whole(p) for p in params],
                     "buffers": [whole(b) for b in buffers],
@@ -144,11 +159,12 @@ def of_ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(scope="module", params=CASES)
 def unsharded(request):
     """The same training of ordinary tensors in float64."""
     params = [torch.nn.Parameter(t.double()) for t in values("params")]
-    optimizer = reference.SGD(params, lr=0.1, **OPTIONS[request.param])
+    rule, options = CASES[request.param]
+    optimizer = getattr(reference, rule)(params, lr=0.1, **options)
     for step in range(STEPS):
         for p, g in zip(params, values("grads", step), strict=True):
             p.grad = g.double()
@@ -156,7 +172,7 @@ def unsharded(request):
     return request.param, params, optimizer
 
 
-@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.reference.sgd"))
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps(of_ranks, unsharded, kind, module):
     name, params, optimizer = unsharded
@@ -166,17 +182,18 @@ def test_steps(of_ranks, unsharded, kind, module):
             # Values of a size of 4 in float32.
             torch.testing.assert_close(got.double(), want.detach(), rtol=0, atol=4e-6)
         for got, p in zip(rank["buffers"], params, strict=False):
-            torch.testing.assert_close(got.double(), optimizer.state[p]["momentum_buffer"], rtol=0, atol=4e-6)
+            slot = optimizer.state[p][SLOT[CASES[name][0]]]
+            torch.testing.assert_close(got.double(), slot, rtol=0, atol=4e-6)
         assert rank["penalty"] == pytest.approx(optimizer.stats.penalty.item(), rel=1e-6)
         assert rank["zero_fraction"] == pytest.approx(optimizer.stats.zero_fraction.item())
     assert results[0]["norm"] == pytest.approx(optimizer.stats.grad_norm.item(), rel=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("module", ("regfused.sgd", "regfused.reference.sgd"))
+@pytest.mark.parametrize("module", MODULES)
 def test_collective_operations(of_ranks, module):
     """One for each way in which tensors are split where there is a norm; none without, and none for the stats."""
     for kind in KINDS:
-        for name, options in OPTIONS.items():
+        for name, (_, options) in CASES.items():
             if "group_l1" in options:
                 continue  # slices are spread over ranks
             has_norm = "max_norm" in options or "nonfinite" in options

@@ -1,6 +1,10 @@
 // The choice of instruction set, at run time.
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 
 #include <c10/util/Exception.h>
@@ -27,6 +31,14 @@ struct Isa {
   const Kernels* (*kernels)();
 };
 
+#if defined(__x86_64__)
+// Older clang has no name for it.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 // Worst first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = [] {
@@ -34,7 +46,7 @@ const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     // Each test also asks the operating system whether it saves the registers.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     isas.push_back({"avx2", avx2, avx2::kernels});

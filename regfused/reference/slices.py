@@ -31,7 +31,9 @@ def shrink_slices(tensor: Tensor, lengths: Tensor | float, dim: int | None) -> T
             the shape of ``tensor``, in the metric of a step that has another length for each element.
     """
     if not isinstance(lengths, Tensor) or lengths.numel() == 1:
-        return _scaled(tensor, lengths.reshape(()) if isinstance(lengths, Tensor) else lengths, dim)
+        if isinstance(lengths, Tensor) and lengths.dim() > tensor.dim():
+            lengths = lengths.reshape(())
+        return _scaled(tensor, lengths, dim)
     others = [d for d in range(tensor.dim()) if dim is None or d != dim % tensor.dim()]
     q, a = tensor.double(), lengths.double()
     if not others:

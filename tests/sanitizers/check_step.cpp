@@ -140,11 +140,38 @@ Step run(const Case& of, const Tensors& from, bool first) {
 
 double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 
+// The group lasso where each element has a step of its own length: the root of its equation, by bisection.
+void shrink_in_metric(std::vector<double>& q, const SliceLayout& layout, const std::vector<double>& lengths,
+                      double strength) {
+  for (int64_t slice = 0; slice < layout.count; ++slice) {
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < layout.numel(); ++i)
+      if (i / layout.inner % layout.count == slice) own.push_back(i);
+    double squares = 0, radius = 0, dual = 0;
+    for (const int64_t i : own) {
+      squares += q[i] * q[i];
+      dual += q[i] / lengths[i] * (q[i] / lengths[i]);
+    }
+    if (std::sqrt(dual) > strength) {
+      double step = std::sqrt(squares);
+      for (int bits = 0; bits < 60; ++bits, step /= 2) {
+        double sum = 0;
+        for (const int64_t i : own) {
+          const double x = q[i] / (radius + step + strength * lengths[i]);
+          sum += x * x;
+        }
+        if (sum > 1) radius += step;
+      }
+    }
+    for (const int64_t i : own) q[i] *= radius / (radius + strength * lengths[i]);
+  }
+}
+
 // What the step makes of one tensor, and g'.
 struct ByFormula {
   std::vector<double> param, slots[kMostSlots], unscaled;
 
-  ByFormula(const Case& of, const Tensor& from, double c, bool first)
+  ByFormula(const Case& of, const Tensor& from, const Tensor& now, double c, bool first)
       : param(from.param.values()), unscaled(from.grad.values()) {
     for (double& g : unscaled) g /= of.scalars.grad_scale;
     for (int slot = 0; slot < kMostSlots; ++slot) {
@@ -160,7 +187,19 @@ struct ByFormula {
       else
         step<R, R::kSlotSets[0]>(of.hyper, c, first);
     });
-    const double threshold = of.hyper.group_threshold();
+    const StepHyper& h = of.hyper;
+    if (h.group_l1 > 0 && of.rule == RuleId::adam && !h.own<AdamHyper>().decoupled_proximal) {
+      const AdamHyper adam = h.own<AdamHyper>();
+      // As they were stored.
+      std::vector<double> lengths = now.slots[adam.amsgrad ? 2 : 1].values();
+      for (double& e : lengths) {
+        e = h.lr / (std::sqrt(e / (1 - std::pow(adam.betas[1], first ? 1 : kLaterT))) + adam.eps);
+        if (h.proximal) e /= 1 + 2 * h.l2 * e;
+      }
+      shrink_in_metric(param, from.slices, lengths, h.group_l1);
+      return;
+    }
+    const double threshold = h.group_threshold();
     if (threshold > 0)
       scale_slices(param, from.slices, [&](double norm) { return norm <= threshold ? 0 : 1 - threshold / norm; });
   }
@@ -224,7 +263,7 @@ void check_step(const Case& of, const Tensors& from, const Step& step, bool firs
       expect(now.param == old.param && now.grad == old.grad, what + ", without a gradient");
       continue;
     }
-    const ByFormula want(of, old, c, first);
+    const ByFormula want(of, old, now, c, first);
     // The group lasso looks at parameters that were rounded once.
     expect_near(now.param, want.param, scale, what + ", param", of.hyper.group_l1 != 0 ? 2 : 1);
     for (int slot = 0; slot < kMostSlots; ++slot)
@@ -291,6 +330,15 @@ void check_step() {
   const Case lasso = {"group lasso, whole slices", RuleId::sgd, with(hyper, SgdHyper{.momentum = 0.9}), {}, 50};
   check(lasso, with_slices(kWholeSlices));
   check({"group lasso, other slices", lasso.rule, lasso.hyper, {}, 50}, with_slices(kOtherSlices));
+  const Case in_metric = {"Adam, group lasso",
+                          RuleId::adam,
+                          with({.lr = 0.1, .l1 = 0.5, .l2 = 0.2, .group_l1 = 80, .proximal = true}, AdamHyper{}),
+                          {},
+                          50};
+  check(in_metric, with_slices(kWholeSlices));
+  check(
+      {"Adam, group lasso, other slices", RuleId::adam, with({.lr = 0.1, .group_l1 = 80}, AdamHyper{.amsgrad = true})},
+      with_slices(kOtherSlices));
 }
 
 }  // namespace regfused
