@@ -59,6 +59,26 @@ def test_zeros_stay_as_they_are(make, proximal, dtype):
 
 
 @EVERY_OPTIMIZER
+@pytest.mark.parametrize("company", ({}, COMPANY, {**COMPANY, "proximal": True}), ids=("alone", "company", "proximal"))
+def test_zeros_stay_that_momentum_would_move(make, company):
+    """Pruned in the middle of training: the state remembers gradients of before."""
+    params = [torch.nn.Parameter(randn(size, i)) for i, size in enumerate(SIZES)]
+    optimizer = make(params, lr=0.1, keep_zeros=True, **company, **with_state(make))
+    for step in range(5):
+        noise(params, step)
+        optimizer.step()
+        if step == 2:
+            with torch.no_grad():
+                for i, p in enumerate(params):
+                    p[randn(p.shape, i + 100) < 0] = 0.0
+            zeros = [p.detach() == 0 for p in params]
+            slots = [optimizer.state[p].get("momentum_buffer", optimizer.state[p].get("exp_avg")) for p in params]
+            assert all((slot[zero] != 0).any() for slot, zero in zip(slots, zeros, strict=True))
+    assert all((p[zero] == 0).all() for p, zero in zip(params, zeros, strict=True))
+    assert all((p[~zero] != 0).any() for p, zero in zip(params, zeros, strict=True))
+
+
+@EVERY_OPTIMIZER
 def test_without_it_they_go(make):
     """What is promised above does not hold by itself: a mask of gradients is not enough, for torch's neither."""
     for which in (make, torch_twin(make)):
