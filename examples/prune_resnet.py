@@ -1,7 +1,7 @@
 """Trains torchvision's ResNet-18 on small images with a group lasso over filters, and cuts the zero filters out.
 
-    pip install torchvision
-    python examples/prune_resnet.py
+pip install torchvision
+python examples/prune_resnet.py
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def main(
     with torch.no_grad():
         outputs, smaller = model(test[0]), result.model.eval()(test[0])
     console.print(
-        f"Accuracy {before:.1f} %, without zero filters {accuracy(result.model, *test):.1f} %. Largest difference of an "
-        f"output: {float((outputs - smaller).abs().max()):.1e} of {float(outputs.abs().max()):.1f}. 64 images take "
+        f"Accuracy {before:.1f} %, without zero filters {accuracy(result.model, *test):.1f} %. Largest difference of "
+        f"an output: {float((outputs - smaller).abs().max()):.1e} of {float(outputs.abs().max()):.1f}. 64 images take "
         f"{milliseconds(model, x[:64]):.0f} and {milliseconds(result.model, x[:64]):.0f} ms.",
         highlight=False,
         soft_wrap=True,

@@ -73,9 +73,20 @@ def test_a_constant_unit_moves_into_the_bias_after_it():
 
 
 def test_runs():
+    done = run("prune.py", "--epochs", "2", "--group-l1", "0.3")
+    assert "Largest difference of an output" in done and "without zero rows" in done
+
+
+def test_resnet_runs():
+    pytest.importorskip("torchvision", reason="pip install torchvision", exc_type=Exception)
+    done = run("prune_resnet.py", "--epochs", "1", "--examples", "64")
+    assert "multiply-adds" in done and "Largest difference of an output" in done
+
+
+def run(example, *arguments):
     paths = [str(Path(regfused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "80"}
-    command = [sys.executable, str(EXAMPLES / "prune.py"), "--epochs", "2", "--group-l1", "0.3"]
+    command = [sys.executable, str(EXAMPLES / example), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "Largest difference of an output" in done.stdout and "without zero rows" in done.stdout
+    return done.stdout
