@@ -102,6 +102,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("tensors", &StepPlan::tensors)
       .def_property_readonly("needs_norm", &StepPlan::needs_norm)
       .def_property_readonly("outcome", &StepPlan::outcome)
+      .def_readwrite("is_shared", &StepPlan::is_shared)
       .def_readonly("leftover", &StepPlan::leftover)
       .def("numbers", &StepPlan::numbers)
       .def("stepped", &StepPlan::stepped)

@@ -36,9 +36,9 @@ class StepPlan {
   // something is odd.
   StepPlan(const std::string& rule, const std::string& optimizer, py::function check);
 
-  // The whole step. False where tensors are left to the reference: then nothing has changed yet,
-  // `leftover` holds (group index, index in the group, parameter), and the caller goes on with norm(), judge()
-  // and update(), and calls release() whatever happens.
+  // The whole step. False where tensors are left to the reference, or where the step is shared: nothing has changed
+  // yet, `leftover` holds (group index, index in the group, parameter), and the caller goes on with norm(), judge() and
+  // update(), and calls release() whatever happens.
   bool step(py::list param_groups, py::dict state, py::handle grad_scale, py::handle found_inf);
 
   // Whether the step as a whole needs its norm before anything can be updated.
@@ -65,6 +65,10 @@ class StepPlan {
 
   // What became of the last step: "stepped" (or left to the devices to judge), "overflow" or "nonfinite": skipped.
   const char* outcome() const { return outcome_; }
+
+  // Whether every step is left open, as where tensors are left to the reference: the caller has more of it, on other
+  // plans or other ranks.
+  bool is_shared = false;
 
   py::list leftover;
   double clip_coef() const { return scalars_.clip_coef; }

@@ -125,7 +125,7 @@ bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale
     TORCH_CHECK(collect(), operation_, ": a parameter was exchanged while it was collected");
   }
   // Making buffers may start the garbage collector, and with it anything; so may what is left to Python.
-  if (!pending_.empty() || !leftover.empty() || has_other_python_threads()) hold_all();
+  if (!pending_.empty() || !leftover.empty() || is_shared || has_other_python_threads()) hold_all();
   driver_.find_live();
   const char* why_host = why_host_judges();
   TORCH_CHECK(!why_host || !driver_.is_capturing(), operation_, ": a step in a CUDA graph must not need the host, but ",
@@ -136,7 +136,7 @@ bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale
     return true;
   }
   if (!let_host_judge(grad_scale, found_inf)) return true;
-  if (!leftover.empty()) {
+  if (!leftover.empty() || is_shared) {
     released.goes_on();
     is_open_ = true;
     return false;
@@ -148,6 +148,7 @@ bool StepPlan::step(py::list param_groups, py::dict state, py::handle grad_scale
 // Why the devices cannot take this step by themselves, or null.
 const char* StepPlan::why_host_judges() const {
   if (!driver_.can_leave_host()) return "a tensor is not on a CUDA device, or none has a gradient";
+  if (is_shared) return "other ranks have a part in its norm";
   if (!leftover.empty()) return "the reference has to step a tensor that the kernels do not take";
   if (groups_.front().nonfinite == StepGroup::Nonfinite::error) return "nonfinite='error' may raise";
   const bool may_skip = driver_.found_inf.defined() || groups_.front().nonfinite == StepGroup::Nonfinite::skip;

@@ -36,6 +36,7 @@ _OFFERS = {
     ),
     "StepPlan": (
         "clip_coef",
+        "is_shared",
         "judge",
         "leftover",
         "needs_norm",

@@ -11,6 +11,8 @@ from regfused import extension, options
 from regfused.reference.optimizer import Regularized
 from regfused.reference.rule import Rule
 from regfused.reference.step import Update, collect, norm
+from regfused.sharded_step import ShardedStep
+from regfused.shards import is_dtensor
 from regfused.tracing import value_is_known, values_are_known
 
 
@@ -35,13 +37,22 @@ class Fused(Regularized):
         plan = self.__dict__.get("_plan")
         if plan is None:
             plan = self._plan = self._last.counting = _new_plan(type(self).__name__, self._rule)
-        grad_scale = self.__dict__.get("grad_scale")
-        if plan.step(self.param_groups, self.state, grad_scale, self.__dict__.get("found_inf")):
+        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        sharded = self.__dict__.get("_sharded")
+        scaled = grad_scale is not None or found_inf is not None
+        if sharded is not None and not scaled and sharded.step(self.param_groups, self.state, self._last):
+            return
+        if plan.step(self.param_groups, self.state, grad_scale, found_inf):
             last = self._last
             if last.kernels is not plan or last.record is not None:
                 last.by_kernels(plan, plan.outcome)
         else:
             try:
+                if sharded is None and any(is_dtensor(param) for _, _, param in plan.leftover):
+                    plan.release()
+                    name, rule = type(self).__name__, self._rule
+                    self._sharded = ShardedStep(lambda: _new_plan(name, rule), rule, f"{name}.step")
+                    return self._step()
                 if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
                     return super()._step()
                 self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))

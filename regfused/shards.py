@@ -42,6 +42,15 @@ def are_alike(a: Any, b: Any) -> bool:
     return is_dtensor(a) and is_dtensor(b) and a.device_mesh == b.device_mesh and a.placements == b.placements
 
 
+def has_whole_slices(tensor: Any, dim: int | None) -> bool:
+    """Whether each slice of a DTensor along ``dim`` is whole on its rank: if it is split at all, then along ``dim``.
+
+    Without ``dim`` the tensor is one slice.
+    """
+    split = [placement for placement in tensor.placements if not placement.is_replicate()]
+    return not split or (dim is not None and all(placement.is_shard(dim % tensor.dim()) for placement in split))
+
+
 def part_of(tensor: Any) -> Tensor:
     """What this rank has of a DTensor; shares its memory. Autograd does not see it."""
     with contextlib.nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
@@ -51,7 +60,7 @@ def part_of(tensor: Any) -> Tensor:
 
 def like(tensor: Any, part: Tensor) -> Tensor:
     """A DTensor that is spread as another one, with this part on this rank."""
-    return type_of_dtensor().from_local(
+    made = type_of_dtensor().from_local(
         part,
         tensor.device_mesh,
         tensor.placements,
@@ -59,6 +68,9 @@ def like(tensor: Any, part: Tensor) -> Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
+    if made._spec == tensor._spec:
+        made._spec = tensor._spec  # one object is compared at once
+    return made
 
 
 def type_of_dtensor() -> Any:

@@ -82,6 +82,20 @@ def whole(tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
+def goes_to_torch(kind: str, options: dict) -> bool:
+    """What the kernels do not take: norms that they do not know, and slices that are spread over ranks."""
+    if options.get("norm_type", 2) == 3:
+        return True
+    return "group_l1" in options and not slices_are_whole(kind, options.get("group_dim", 0))
+
+
+def slices_are_whole(kind: str, dim: int) -> bool:
+    split = [
+        (shape, p) for shape, of in zip(SHAPES, placements_of(kind), strict=True) for p in of or [] if p.is_shard()
+    ]
+    return all(p.is_shard(dim % len(shape)) for shape, p in split)
+
+
 def step_all(rank: int, mesh) -> dict:
     """What each case comes to, and how many collective operations a step took."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -101,6 +115,10 @@ def step_all(rank: int, mesh) -> dict:
                     with mock.patch.object(extension.C, "is_watched", return_value=False), CommDebugMode() as counting:
                         optimizer.step()
                 assert all(p._version > v for p, v in zip(params, versions, strict=True))
+                if module == "kernels":
+                    stepped = getattr(optimizer._sharded, "_parts", {}).values()
+                    by_kernels = sum(parts.plan.tensors for parts in stepped)
+                    assert by_kernels == (0 if goes_to_torch(kind, options) else len(params)), (kind, name)
                 stats = optimizer.stats
                 if rank == 0:
                     norm = stats.grad_norm.item()  # no other rank takes part
@@ -194,8 +212,8 @@ def test_collective_operations(of_ranks, module):
     """One for each way in which tensors are split where there is a norm; none without, and none for the stats."""
     for kind in KINDS:
         for name, (_, options) in CASES.items():
-            if "group_l1" in options:
-                continue  # slices are spread over ranks
+            if "group_l1" in options and not slices_are_whole(kind, options.get("group_dim", 0)):
+                continue
             has_norm = "max_norm" in options or "nonfinite" in options
             split = kind != "replicated"
             got = of_ranks[0]["steps"][kind, name, module]["collectives"]

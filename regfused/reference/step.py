@@ -13,7 +13,7 @@ from regfused import options, step_count
 from regfused.reference import shared_memory
 from regfused.reference.rule import Move, Rule, is_on
 from regfused.reference.slices import shrink_slices
-from regfused.shards import Shards, are_alike, is_dtensor, like, over_all_ranks, part_of, shards_of
+from regfused.shards import Shards, are_alike, has_whole_slices, is_dtensor, like, over_all_ranks, part_of, shards_of
 from regfused.stats import Part, Record
 from regfused.tracing import values_are_known
 
@@ -123,7 +123,7 @@ def _is_local(entry: Entry, state: State, rule: Rule) -> bool:
         and are_alike(param, entry.raw_grad)
         and all(own.get(slot) is None or are_alike(param, own[slot]) for slot in rule.slots)
         and not torch.is_grad_enabled()
-        and float(entry.group["group_l1"]) == 0
+        and (not is_on(entry.group["group_l1"]) or has_whole_slices(param, entry.group["group_dim"]))
     )
 
 
