@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import itertools
 import math
 import os
 from unittest import mock
@@ -59,6 +60,11 @@ def placements_of(kind: str) -> list:
     from torch.distributed.tensor import Replicate, Shard
 
     return {
+        "hybrid": [[Replicate(), Shard(0)]] * len(SHAPES),
+        "in both dimensions": [
+            *([Shard(0), Shard(1)], [Shard(1), Shard(0)], [Shard(0), Shard(0)]),
+            *([Replicate(), Shard(0)], None),
+        ],
         "sharded": [[Shard(0)]] * len(SHAPES),
         "replicated": [[Replicate()]] * len(SHAPES),
         "mixed": [[Shard(0)], [Replicate()], [Shard(1)], [Replicate()], [Shard(0)]],
@@ -67,6 +73,9 @@ def placements_of(kind: str) -> list:
 
 
 KINDS = ("sharded", "replicated", "mixed", "with plain tensors")
+# Of four ranks, two by two.
+KINDS_OF_FOUR = ("hybrid", "in both dimensions")
+CASES_OF_FOUR = ("elastic net and clip", "clip, norm inf", "skip", "Adam, elastic net and clip", "Adam, group lasso")
 
 
 def on_mesh(tensors, kind, mesh) -> list[torch.Tensor]:
@@ -96,43 +105,43 @@ def slices_are_whole(kind: str, dim: int) -> bool:
     return all(p.is_shard(dim % len(shape)) for shape, p in split)
 
 
-def step_all(rank: int, mesh) -> dict:
+def step_all(rank: int, mesh, kinds=KINDS, cases=tuple(CASES)) -> dict:
     """What each case comes to, and how many collective operations a step took."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     results = {}
-    for kind in KINDS:
-        for name, (rule, options) in CASES.items():
-            for module in MODULES:
-                make = getattr(MODULES[module], rule)
-                params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), kind, mesh)]
-                optimizer = make(params, lr=0.1, **options)
-                versions = [p._version for p in params]
-                for step in range(STEPS):
-                    for p, g in zip(params, on_mesh(values("grads", step), kind, mesh), strict=True):
-                        p.grad = g
-                    # The mode that counts must not change the way that a step takes.
-                    with mock.patch.object(extension.C, "is_watched", return_value=False), CommDebugMode() as counting:
-                        optimizer.step()
-                assert all(p._version > v for p, v in zip(params, versions, strict=True))
-                if module == "kernels":
-                    stepped = getattr(optimizer._sharded, "_parts", {}).values()
-                    by_kernels = sum(parts.plan.tensors for parts in stepped)
-                    assert by_kernels == (0 if goes_to_torch(kind, options) else len(params)), (kind, name)
-                stats = optimizer.stats
-                if rank == 0:
-                    norm = stats.grad_norm.item()  # no other rank takes part
-                has_slot = rule == "Adam" or "momentum" in options
-                buffers = [optimizer.state[p][SLOT[rule]] for p in params] if has_slot else []
-                assert [type(b) for b in buffers] == [type(p.data) for p in params][: len(buffers)]
-                results[kind, name, module] = {
-                    "collectives": counting.get_total_counts(),
-                    "params": [whole(p) for p in params],
-                    "buffers": [whole(b) for b in buffers],
-                    "penalty": stats.penalty.item(),
-                    "zero_fraction": stats.zero_fraction.item(),
-                    "norm": norm if rank == 0 else None,
-                }
+    for kind, name in itertools.product(kinds, cases):
+        rule, options = CASES[name]
+        for module in MODULES:
+            make = getattr(MODULES[module], rule)
+            params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), kind, mesh)]
+            optimizer = make(params, lr=0.1, **options)
+            versions = [p._version for p in params]
+            for step in range(STEPS):
+                for p, g in zip(params, on_mesh(values("grads", step), kind, mesh), strict=True):
+                    p.grad = g
+                # The mode that counts must not change the way that a step takes.
+                with mock.patch.object(extension.C, "is_watched", return_value=False), CommDebugMode() as counting:
+                    optimizer.step()
+            assert all(p._version > v for p, v in zip(params, versions, strict=True))
+            if module == "kernels":
+                stepped = getattr(optimizer._sharded, "_parts", {}).values()
+                by_kernels = sum(parts.plan.tensors for parts in stepped)
+                assert by_kernels == (0 if goes_to_torch(kind, options) else len(params)), (kind, name)
+            stats = optimizer.stats
+            if rank == 0:
+                norm = stats.grad_norm.item()  # no other rank takes part
+            has_slot = rule == "Adam" or "momentum" in options
+            buffers = [optimizer.state[p][SLOT[rule]] for p in params] if has_slot else []
+            assert [type(b) for b in buffers] == [type(p.data) for p in params][: len(buffers)]
+            results[kind, name, module] = {
+                "collectives": counting.get_total_counts(),
+                "params": [whole(p) for p in params],
+                "buffers": [whole(b) for b in buffers],
+                "penalty": stats.penalty.item(),
+                "zero_fraction": stats.zero_fraction.item(),
+                "norm": norm if rank == 0 else None,
+            }
     return results
 
 
@@ -156,16 +165,20 @@ def checkpoint_and_kinds_of_grads(rank: int, mesh) -> dict:
     return {"params": [whole(p) for p in params], "twins": [whole(p) for p in twins]}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, world: int = WORLD) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=datetime.timedelta(minutes=2)
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=datetime.timedelta(minutes=2)
     )
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (WORLD,))
-    results = {"steps": step_all(rank, mesh), "checkpoint": checkpoint_and_kinds_of_grads(rank, mesh)}
+    if world == WORLD:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        results = {"steps": step_all(rank, mesh), "checkpoint": checkpoint_and_kinds_of_grads(rank, mesh)}
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        results = {"steps": step_all(rank, mesh, KINDS_OF_FOUR, CASES_OF_FOUR)}
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -175,6 +188,13 @@ def of_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def of_four_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four_ranks")
+    torch.multiprocessing.spawn(work, (str(folder), 4), nprocs=4)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -194,7 +214,18 @@ def unsharded(request):
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps(of_ranks, unsharded, kind, module):
     name, params, optimizer = unsharded
-    results = [ranks["steps"][kind, name, module] for ranks in of_ranks]
+    check_steps([ranks["steps"][kind, name, module] for ranks in of_ranks], name, params, optimizer)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("kind", KINDS_OF_FOUR)
+def test_steps_of_four_ranks(of_four_ranks, unsharded, kind, module):
+    name, params, optimizer = unsharded
+    if name in CASES_OF_FOUR:
+        check_steps([ranks["steps"][kind, name, module] for ranks in of_four_ranks], name, params, optimizer)
+
+
+def check_steps(results, name, params, optimizer):
     for rank in results:
         for got, want in zip(rank["params"], params, strict=True):
             # Values of a size of 4 in float32.
