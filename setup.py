@@ -119,7 +119,12 @@ def why_no_cuda() -> str:
 
 
 def default_architectures() -> str:
-    """What this nvcc knows of the architectures that people have, and PTX of the last one for later ones."""
+    """Those of the GPUs that are here. Without one, what this nvcc knows of the architectures that people have, and PTX
+    of the last one for later ones.
+    """
+    here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    if here:
+        return " ".join(f"{major}.{minor}" for major, minor in sorted(here))
     known = subprocess.check_output(
         [shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or "nvcc", "--list-gpu-arch"], text=True
     )
