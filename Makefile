@@ -23,6 +23,7 @@ SHORTER := sed -u -E 's/^(\[[0-9]+\/[0-9]+\]) .* -c -c [^ ]*\/(csrc\/[^ ]+) .*/\
 # Whoever develops wants no build without compiled part.
 export REGFUSED_BUILD ?= require
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) > 8 ? 8 : $(MAX_JOBS) < 2 ? 2 : $(MAX_JOBS))))
 
 .PHONY: help demo test test-all matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
 
@@ -50,13 +51,13 @@ demo: build
 
 test: build
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not long"
 
 test-all: build
 	@echo "== all tests"
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
-	$(BIN)/python -m tests.emulated_cuda -n 2 --dist worksteal
+	$(BIN)/python -m tests.emulated_cuda -n $(TEST_JOBS) --dist worksteal
 
 # The rows are in noxfile.py.
 matrix: $(VENV)/installed

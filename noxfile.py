@@ -23,10 +23,19 @@ USUAL_PYTHON = "3.11"  # of `make test` where .ci/run runs
 SHORT_RUN = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("noxfile", "step_state", "step_ops", "step_contract", "step_contract_state", "step_tensors", "step_watched"),
-        *("penalty", "penalty_traced", "clip_grad_norm", "max_norm", "dropout", "dropout_traced", "convert"),
+        *("noxfile", "step_state", "step_ops", "step_tensors", "step_watched", "step_hooks", "step_stats", "convert"),
+        *(
+            "penalty",
+            "penalty_traced",
+            "clip_grad_norm",
+            "max_norm",
+            "dropout",
+            "dropout_traced",
+            "step_differentiable",
+        ),
     )
 )
+CONTRACT = ("tests/test_step_contract.py",)  # torch's own tests of optimizers, of its newest release
 SHORTEST_RUN = tuple(f"tests/test_{name}.py" for name in ("noxfile", "step_parity", "step_ops", "penalty", "dropout"))
 # What make gpu-check has to do without, on a machine that has a GPU and no network.
 ABSENT_THERE = ("expecttest", "nox")
@@ -58,7 +67,7 @@ class Row:
 ROWS = (
     # The versions of a machine on which make gpu-check is known to run.
     Row("oldest", "3.12", OLDEST, "9.0", SHORT_RUN, rehearsal=True),
-    Row("newest", "3.13", NEWEST, "7.5 12.0+PTX", SHORT_RUN),
+    Row("newest", "3.13", NEWEST, "12.0+PTX", SHORT_RUN + CONTRACT),
     Row("oldest-cpu", "3.10", OLDEST, NONE, SHORTEST_RUN),
 )
 

@@ -18,9 +18,11 @@ const Kernels* kernels();
 namespace avx2 {
 const Kernels* kernels();
 }
+#if !defined(REGFUSED_WITHOUT_AVX512)  // builds for tests alone
 namespace avx512 {
 const Kernels* kernels();
 }
+#endif
 #endif
 
 namespace {
@@ -47,10 +49,13 @@ const std::vector<Isa>& isas() {
     __builtin_cpu_init();
     // Each test also asks the operating system whether it saves the registers.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                         __builtin_cpu_supports("avx512vl");
     isas.push_back({"avx2", avx2, avx2::kernels});
+#if !defined(REGFUSED_WITHOUT_AVX512)
     isas.push_back({"avx512", avx512, avx512::kernels});
+#endif
 #endif
     return isas;
   }();
