@@ -34,6 +34,8 @@ def convert(model: nn.Module, *, undo: bool = False) -> Conversion:
     ``AlphaDropout``, scripted modules, and modules with a probability of their own in ``dropout``, such as
     ``MultiheadAttention`` and ``LSTM``. A call of ``torch.nn.functional.dropout`` inside of a ``forward`` is not seen.
 
+    Convert before ``torch.compile``: older torch does not notice that a module of a compiled model has another class.
+
     Args:
         model: any module, also a single ``Dropout``. A module that stands in several places counts once.
         undo: make every `regfused.Dropout` a ``torch.nn.Dropout`` again.
