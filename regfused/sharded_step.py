@@ -61,10 +61,10 @@ class _Parts:
         written = []
         for param, part, own, _ in self.members:
             made = self.state.get(part)
-            if made is not None and (own is None or len(own) < len(made)):
+            if made is not None and (own is None or len(own) < len(made) or own.get("step") is not made.get("step")):
                 own = state[param]
                 for name, value in made.items():
-                    if own.get(name) is None:
+                    if own.get(name) is None or name == "step":
                         # A count of steps is the same on every rank.
                         own[name] = like(param, value) if part is not param and name != "step" else value
             if part is not param:
@@ -137,7 +137,7 @@ class ShardedStep:
                     parts = used.get(None) or self._among(used, None, None, param_groups)
                     part = param
                     if own:
-                        parts.state[part] = dict(own)
+                        parts.state[part] = own
                     if param.grad is not None:
                         parts.members.append((param, part, own, (g, i)))
                     parts.groups[g]["params"].append(part)
@@ -157,7 +157,10 @@ class ShardedStep:
                             continue
                         if not isinstance(slot, dtensor) or not _is_spread_as(slot._spec, spec):
                             return None
-                        entry[name] = slot._local_tensor
+                        local = slot._local_tensor
+                        if local.dtype != part.dtype or local.stride() != part.stride():
+                            return None  # the kernels would put another tensor in its place
+                        entry[name] = local
                 grad = param.grad
                 if grad is not None:
                     if not isinstance(grad, dtensor) or not _is_spread_as(grad._spec, spec):

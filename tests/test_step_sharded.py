@@ -219,10 +219,10 @@ def test_steps(of_ranks, unsharded, kind, module):
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", KINDS_OF_FOUR)
+@pytest.mark.parametrize("unsharded", CASES_OF_FOUR, indirect=True)
 def test_steps_of_four_ranks(of_four_ranks, unsharded, kind, module):
     name, params, optimizer = unsharded
-    if name in CASES_OF_FOUR:
-        check_steps([ranks["steps"][kind, name, module] for ranks in of_four_ranks], name, params, optimizer)
+    check_steps([ranks["steps"][kind, name, module] for ranks in of_four_ranks], name, params, optimizer)
 
 
 def check_steps(results, name, params, optimizer):
