@@ -28,6 +28,10 @@ class Fused(Regularized):
                 self.param_groups.pop()
                 raise RuntimeError(f"{type(self).__name__}: fused=True demands {problem}")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_sharded", None)  # which holds the state that was there
+
     def _step(self) -> None:
         if torch.compiler.is_compiling():
             return _step_outside_of_the_graph(self)
@@ -38,9 +42,15 @@ class Fused(Regularized):
         if plan is None:
             plan = self._plan = self._last.counting = _new_plan(type(self).__name__, self._rule)
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        sharded = self.__dict__.get("_sharded")
+        sharded, norm_group = self.__dict__.get("_sharded"), self._norm_group
+        if norm_group is not None:
+            if sharded is None:
+                sharded = self._sharded = self._new_sharded()
+            if not sharded.step(self.param_groups, self.state, self._last, grad_scale, found_inf):
+                super()._step()
+            return
         scaled = grad_scale is not None or found_inf is not None
-        if sharded is not None and not scaled and sharded.step(self.param_groups, self.state, self._last):
+        if sharded is not None and not scaled and sharded.step(self.param_groups, self.state, self._last, None, None):
             return
         if plan.step(self.param_groups, self.state, grad_scale, found_inf):
             last = self._last
@@ -50,14 +60,17 @@ class Fused(Regularized):
             try:
                 if sharded is None and any(is_dtensor(param) for _, _, param in plan.leftover):
                     plan.release()
-                    name, rule = type(self).__name__, self._rule
-                    self._sharded = ShardedStep(lambda: _new_plan(name, rule), rule, f"{name}.step")
+                    self._sharded = self._new_sharded()
                     return self._step()
                 if not plan.tensors or not values_are_known(param for _, _, param in plan.leftover):
                     return super()._step()
                 self._step_with_leftovers(plan, None if grad_scale is None else float(grad_scale))
             finally:
                 plan.release()
+
+    def _new_sharded(self) -> ShardedStep:
+        name, rule = type(self).__name__, self._rule
+        return ShardedStep(lambda: _new_plan(name, rule), rule, f"{name}.step", self._norm_group)
 
     def _step_with_leftovers(self, plan: Any, grad_scale: float | None) -> None:
         """The rest of a step in which some tensors are not for the kernels: one norm over both, one coefficient."""

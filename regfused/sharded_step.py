@@ -1,107 +1,111 @@
-"""A step of sharded parameters (DTensor) by the kernels: each rank steps what it has, under one norm over all ranks."""
+"""A step whose norm is taken over several processes, by the kernels: each process steps what it has.
+
+That are sharded parameters (DTensor), and ordinary ones under a `NormGroup`.
+"""
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regfused.norm_group import NormGroup
 from regfused.reference.rule import Rule, is_on
-from regfused.shards import (
-    Shards,
-    has_whole_slices,
-    like,
-    over_all_ranks,
-    part_of,
-    shards_of,
-    type_of_dtensor,
-)
+from regfused.shards import Shards, all_reduce_in_place, has_whole_slices, is_dtensor, like, part_of, shards_of
 from regfused.stats import LastStep, Part, Record
+from regfused.verdict import Verdict, another_failed
 
 Group = dict[str, Any]
-Member = tuple[Tensor, Tensor, Any, tuple[int, int]]  # parameter, its part, its state, its group and index
+
+
+class _Member:
+    """A parameter, what this process has of it, and their state."""
+
+    __slots__ = ("entry", "grad", "own", "param", "part", "parts", "place", "slots", "spec")
+
+    def __init__(self, param: Tensor, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
+        self.param = param
+        self.part = part  # the parameter itself where it is no DTensor
+        self.spec = spec  # how it is spread; None where it is no DTensor
+        self.parts = parts
+        self.place = place  # which group, and where in it
+        self.grad: Tensor | None = None  # of this step; of a DTensor its part
+        self.own: dict[str, Any] | None = None  # its state
+        self.entry: dict[str, Any] = {}  # that of its part
+        self.slots: list[tuple[str, Any]] = []  # what of `own` the entry is made of
 
 
 class _Parts:
-    """What this rank has of all parameters that are spread over the ranks in one way, as a plan is given it."""
+    """What this process has of all parameters that are spread in one way, as a plan is given it."""
 
-    def __init__(self, shards: Shards | None, plan: Any) -> None:
-        self.shards = shards  # None: the same on every rank, or no DTensor
+    def __init__(self, shards: Shards | None, plan: Any, groups: int) -> None:
+        self.shards = shards  # None: the same in every process, or no DTensor
         self.plan = plan
         plan.is_shared = True
-        self.groups: list[Group] = []
+        self.groups: list[Group] = [{"params": []} for _ in range(groups)]
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self.members: list[Member] = []  # those that have a gradient
+        self.fingerprint = 0
 
-    def begin(self, param_groups: list[Group]) -> None:
-        if len(self.groups) != len(param_groups):
-            self.groups = [{} for _ in param_groups]
+    def take_options(self, param_groups: list[Group]) -> None:
         for own, group in zip(self.groups, param_groups, strict=True):
+            params = own["params"]
             own.update(group)
-            own["params"] = []
+            own["params"] = params
             own.pop("param_names", None)
 
-    def release(self) -> None:
-        """Nothing is held between steps: what the user lets go of is free at once."""
-        self.plan.release()
-        for param, part, _, _ in self.members:
-            if part is not param:
-                part.grad = None
-        for group in self.groups:
-            group["params"] = []
-        self.state.clear()
-        self.members.clear()
-
-    def update(self, clip_norm: float, state: Any, slots: tuple[str, ...]) -> None:
-        self.plan.judge(clip_norm)
-        self.plan.update([], [])
-        written = []
-        for param, part, own, _ in self.members:
-            made = self.state.get(part)
-            if made is not None and (own is None or len(own) < len(made) or own.get("step") is not made.get("step")):
-                own = state[param]
-                for name, value in made.items():
-                    if own.get(name) is None or name == "step":
-                        # A count of steps is the same on every rank.
-                        own[name] = like(param, value) if part is not param and name != "step" else value
-            if part is not param:
-                written.append(param)
-                if own:
-                    written += [own[name] for name in slots if own.get(name) is not None]
-        # Autograd must see what was written through the parts.
-        torch.autograd.graph.increment_version(written)
+    def verdict(self, norm_type: float, **others: Any) -> Verdict:
+        norm = self.plan.norm() if self.plan.tensors else 0.0
+        return Verdict.of(norm, norm_type, fingerprint=self.fingerprint, **others)
 
 
 class ShardedStep:
-    """Plans for the parts of sharded parameters. An optimizer has one once it has met such parameters.
+    """Plans for the parts of parameters. An optimizer has one once it needs it.
+
+    What was found of the parameters is kept from one step to the next, and looked at again where anything has changed.
 
     Args:
         new_plan: makes a plan of the compiled part for the optimizer's rule.
         rule: the optimizer's.
         operation: for messages.
+        norm_group: over which the norm is taken besides.
     """
 
-    def __init__(self, new_plan: Callable[[], Any], rule: Rule, operation: str) -> None:
+    def __init__(
+        self, new_plan: Callable[[], Any], rule: Rule, operation: str, norm_group: NormGroup | None = None
+    ) -> None:
         self._new_plan = new_plan
         self._rule = rule
         self._operation = operation
-        self._parts: dict[Shards | None, _Parts] = {}
+        self._norm_group = norm_group
+        self._members: list[list[_Member]] = []  # by group
+        self._parts: list[_Parts] = []
 
-    def step(self, param_groups: list[Group], state: Any, last: LastStep) -> bool:
+    def step(
+        self, param_groups: list[Group], state: Any, last: LastStep, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> bool:
         """The whole step. False where it is not for the kernels: then nothing has changed.
 
-        That depends on what is the same on every rank, so that all ranks take the same way.
+        Of sharded parameters that depends on what is the same on every rank, so that all ranks take the same way.
         """
         try:
-            used = self._collect(param_groups, state)
-            if used is None or not all(self._opens(parts) for parts in used):
+            try:
+                is_for_kernels = self._open(param_groups, state, grad_scale)
+            except Exception:
+                self._tell_of_error(param_groups, found_inf)
+                raise
+            if not is_for_kernels:
                 return False
             first = param_groups[0]
-            needs_norm = used[0].plan.needs_norm
-            norm = self._norm(used, float(first["norm_type"])) if needs_norm else math.nan
+            needs_norm = self._parts[0].plan.needs_norm
+            verdict = self._verdict(float(first["norm_type"]), needs_norm, found_inf)
+            if verdict.overflows:
+                last.skipped += 1
+                return True
+            norm = verdict.norm(float(first["norm_type"])) if needs_norm else math.nan
             if needs_norm and not math.isfinite(norm) and first["nonfinite"] != "propagate":
                 if first["nonfinite"] == "error":
                     raise RuntimeError(
@@ -109,106 +113,244 @@ class ShardedStep:
                     )
                 last.skip(norm)
                 return True
-            record = Record(grad_norm=norm if needs_norm else None)
-            for parts in used:
-                parts.update(norm, state, self._rule.slots)
-                record.clip_coef = parts.plan.clip_coef
-                penalty = torch.as_tensor(parts.plan.numbers()[2], dtype=torch.float64)
-                record.penalties.append(Part(penalty, parts.shards))
-                record.stepped += [place for *_, place in parts.members]
-            last.by_reference(record)
+            self._update(norm, state, last, Record(grad_norm=norm if needs_norm else None))
             return True
         finally:
-            for parts in self._parts.values():
-                parts.release()
+            self._release()
 
-    def _collect(self, param_groups: list[Group], state: Any) -> list[_Parts] | None:
-        """Sorts the parameters by how they are spread. None where one is not for the kernels, or none is sharded."""
-        for parts in self._parts.values():
-            parts.begin(param_groups)
-        dtensor = type_of_dtensor()
-        slots = self._rule.slots
-        used: dict[Any, _Parts] = {}  # by mesh and placements; what differs in these may be spread in one way
+    def _release(self) -> None:
+        """No gradient is held between steps."""
+        for parts in self._parts:
+            parts.plan.release()
+        for members in self._members:
+            for member in members:
+                if member.grad is not None:
+                    member.grad = None
+                    if member.spec is not None:
+                        member.part.grad = None
+
+    # --- What there is ----------------------------------------------------------------------------
+
+    def _open(self, param_groups: list[Group], state: Any, grad_scale: Tensor | None) -> bool:
+        """Everything is checked, nothing is changed. False where a tensor is not for the kernels."""
+        if not self._is_current(param_groups, state):
+            is_for_kernels = self._collect(param_groups, state)
+            if not is_for_kernels or not self._is_current(param_groups, state):
+                self._members = []
+                return False
+        for parts in self._parts:
+            parts.take_options(param_groups)
+            parts.plan.step(parts.groups, parts.state, grad_scale, None)
+            if parts.plan.leftover:
+                self._members = []
+                return False
+        return True
+
+    def _is_current(self, param_groups: list[Group], state: Any) -> bool:
+        """Whether parameters and state are those that were collected; then the parts have their gradients."""
+        if len(self._members) != len(param_groups) or not self._parts:
+            return False
+        for group, members in zip(param_groups, self._members, strict=True):
+            params = group["params"]
+            if len(params) != len(members):
+                return False
+            for param, member in zip(params, members, strict=True):
+                if param is not member.param:
+                    return False
+                own, spec, grad = member.own, member.spec, param.grad
+                if state.get(param) is not own:
+                    return False
+                if spec is None:
+                    member.grad = grad
+                    continue
+                if param._local_tensor is not member.part:
+                    return False
+                if own is not None:
+                    for name, slot in member.slots:
+                        if own.get(name) is not slot:
+                            return False
+                if grad is not None:
+                    of_grad = getattr(grad, "_spec", None)
+                    if of_grad is not spec and not _is_spread_as(of_grad, spec):
+                        return False
+                    grad = grad._local_tensor
+                    member.part.grad = grad
+                    member.grad = grad
+        return True
+
+    def _collect(self, param_groups: list[Group], state: Any) -> bool:
+        """Sorts the parameters by how they are spread. False where one is not for the kernels, or none is sharded."""
+        self._release()
+        self._members = []
+        self._parts = []
+        found: dict[Shards | None, _Parts] = {}
+        known: dict[Any, _Parts] = {}  # by mesh and placements; what differs in these may be spread in one way
+        if self._norm_group is not None:
+            self._among(found, None, len(param_groups))
         for g, group in enumerate(param_groups):
+            members = []
             has_groups = is_on(group["group_l1"])
             for i, param in enumerate(group["params"]):
-                own = state.get(param)
-                if not isinstance(param, dtensor):
-                    parts = used.get(None) or self._among(used, None, None, param_groups)
-                    part = param
-                    if own:
-                        parts.state[part] = own
-                    if param.grad is not None:
-                        parts.members.append((param, part, own, (g, i)))
-                    parts.groups[g]["params"].append(part)
-                    continue
-                spec, part = param._spec, param._local_tensor
-                key = (id(spec.mesh), spec.placements)
-                parts = used.get(key) or self._among(used, key, param, param_groups)
-                if parts is None or (has_groups and not has_whole_slices(param, group["group_dim"])):
-                    return None
-                if type(part) is not Tensor:
-                    part = part_of(param)
-                if own:
-                    entry = parts.state[part] = dict(own)
-                    for name in slots:
-                        slot = own.get(name)
-                        if slot is None:
-                            continue
-                        if not isinstance(slot, dtensor) or not _is_spread_as(slot._spec, spec):
-                            return None
-                        local = slot._local_tensor
-                        if local.dtype != part.dtype or local.stride() != part.stride():
-                            return None  # the kernels would put another tensor in its place
-                        entry[name] = local
-                grad = param.grad
-                if grad is not None:
-                    if not isinstance(grad, dtensor) or not _is_spread_as(grad._spec, spec):
-                        return None
-                    local = grad._local_tensor
-                    if local.dtype != part.dtype:
-                        return None
-                    part.grad = local if type(local) is Tensor else part_of(grad)
-                    parts.members.append((param, part, own, (g, i)))
+                spec, part = None, param
+                if is_dtensor(param):
+                    spec, part = param._spec, param._local_tensor
+                    key = (spec.mesh, spec.placements)
+                    if key not in known:
+                        shards = shards_of(param)
+                        if shards is None:
+                            return False  # a sum over ranks that is not taken yet
+                        known[key] = self._among(found, shards if any(shards.sharded) else None, len(param_groups))
+                    parts = known[key]
+                    if has_groups and not has_whole_slices(param, group["group_dim"]):
+                        return False
+                    if type(part) is not Tensor:
+                        return False  # one that is still under way
+                    if param.grad is not None and param.grad.dtype != part.dtype:
+                        return False
+                    described = f"{g} {tuple(param.shape)} {param.dtype} {spec.placements}"
+                    parts.fingerprint = zlib.crc32(described.encode(), parts.fingerprint)
+                else:
+                    parts = self._among(found, None, len(param_groups))
+                member = _Member(param, part, spec, parts, (g, i))
+                if not self._take_state(member, state):
+                    return False
                 parts.groups[g]["params"].append(part)
-        return list(dict.fromkeys(used.values())) if any(key is not None for key in used) else None
+                members.append(member)
+            self._members.append(members)
+        for parts in found.values():
+            parts.fingerprint &= 0xFFFF
+        self._parts = list(found.values())
+        return bool(known) or self._norm_group is not None
 
-    def _among(self, used: dict[Any, _Parts], key: Any, param: Any, param_groups: list[Group]) -> Any:
-        """Those that a parameter belongs to; None for a sum over ranks that is not taken yet."""
-        shards = None
-        if key is not None:
-            shards = shards_of(param)
-            if shards is None:
-                return None
-            if not any(shards.sharded):
-                shards = None
-        if shards not in self._parts:
-            self._parts[shards] = _Parts(shards, self._new_plan())
-            self._parts[shards].begin(param_groups)
-        used[key] = self._parts[shards]
-        return used[key]
+    def _among(self, found: dict[Shards | None, _Parts], shards: Shards | None, groups: int) -> _Parts:
+        if shards not in found:
+            found[shards] = _Parts(shards, self._new_plan(), groups)
+        return found[shards]
 
-    def _opens(self, parts: _Parts) -> bool:
-        """Everything is checked, nothing is changed. False where a tensor is not for the kernels."""
-        parts.plan.step(parts.groups, parts.state, None, None)
-        return not parts.plan.leftover
+    def _take_state(self, member: _Member, state: Any) -> bool:
+        """The state of the part. False where a tensor of it does not lie as the part does."""
+        own = member.own = state.get(member.param)
+        member.slots = []
+        if not own:
+            return True
+        if member.spec is None:
+            member.entry = member.parts.state[member.part] = own
+            return True
+        entry = dict(own)
+        for name in ("step", *self._rule.slots):
+            slot = own.get(name)
+            member.slots.append((name, slot))
+            if slot is None or name == "step":
+                continue
+            if not is_dtensor(slot) or not _is_spread_as(slot._spec, member.spec):
+                return False
+            local = slot._local_tensor
+            if local.dtype != member.part.dtype or local.stride() != member.part.stride():
+                return False  # the kernels would put another tensor in its place
+            entry[name] = local
+        member.entry = member.parts.state[member.part] = entry
+        return True
 
-    def _norm(self, used: list[_Parts], norm_type: float) -> float:
-        """One collective operation for each way in which parameters are spread. Every rank takes part in it."""
-        is_max = math.isinf(norm_type)
-        total, is_nan = 0.0, False
-        for parts in used:
-            own = parts.plan.norm() if parts.plan.tensors else 0.0
-            # A maximum may lose a NaN, a sum does not.
-            values = [0.0 if own != own else own, float(own != own)] if is_max else [own**norm_type, 0.0]
-            if parts.shards is not None:
-                here = torch.tensor(values, dtype=torch.float64, device=parts.shards.mesh.device_type)
-                values = over_all_ranks(here, parts.shards, "max" if is_max else "sum").tolist()
-            total = max(total, values[0]) if is_max else total + values[0]
-            is_nan = is_nan or values[1] > 0
-        return math.nan if is_nan else total if is_max else total ** (1 / norm_type)
+    # --- The norm ---------------------------------------------------------------------------------
+
+    def _verdict(self, norm_type: float, needs_norm: bool, found_inf: Tensor | None) -> Verdict:
+        """That of all processes: one collective operation for each way in which parameters are spread.
+
+        Every process takes part in it, with or without gradients.
+        """
+        overflows = found_inf is not None and float(found_inf) != 0
+        if not needs_norm and (self._norm_group is None or found_inf is None):
+            return Verdict(overflows=overflows)
+        together = Verdict(overflows=overflows)
+        for parts in self._parts:
+            verdict = parts.verdict(norm_type) if needs_norm else Verdict()
+            if parts.shards is not None and needs_norm:
+                verdict = self._over_shards(verdict, norm_type, parts.shards)
+            together = together.joined(verdict, norm_type)
+        if self._norm_group is not None:
+            together = self._norm_group.over_all(together, norm_type)
+        if together.failed:
+            raise RuntimeError(another_failed(self._operation))
+        if together.differs:
+            count = sum(map(len, self._members))
+            raise RuntimeError(
+                f"{self._operation}: every rank must have the same sharded parameters, in the same groups and order, "
+                f"but the ranks differ; this one has {count} parameters"
+            )
+        return together
+
+    def _over_shards(self, verdict: Verdict, norm_type: float, shards: Shards) -> Verdict:
+        return verdict.over(
+            lambda values, is_max: all_reduce_in_place(values, shards, is_max), norm_type, shards.mesh.device_type
+        )
+
+    def _tell_of_error(self, param_groups: list[Group], found_inf: Tensor | None) -> None:
+        """The others wait for this process in a collective operation, in which they learn that there is no step."""
+        first = param_groups[0]
+        try:
+            needs_norm = first["max_norm"] is not None or first["nonfinite"] != "propagate"
+            norm_type = float(first["norm_type"])
+        except (KeyError, TypeError, ValueError):
+            return  # nobody knows what the others do
+        if not needs_norm and (self._norm_group is None or found_inf is None):
+            return
+        verdict = Verdict(failed=True)
+        ways = dict.fromkeys(
+            shards_of(param) for group in param_groups for param in group["params"] if is_dtensor(param)
+        )
+        for shards in ways:
+            if needs_norm and shards is not None and any(shards.sharded):
+                self._over_shards(verdict, norm_type, shards)
+        if self._norm_group is not None:
+            self._norm_group.over_all(verdict, norm_type)
+
+    # --- The update -------------------------------------------------------------------------------
+
+    def _update(self, norm: float, state: Any, last: LastStep, record: Record) -> None:
+        for parts in self._parts:
+            parts.plan.judge(norm)
+            parts.plan.update([], [])
+            record.clip_coef = parts.plan.clip_coef
+            penalty = torch.as_tensor(parts.plan.numbers()[2], dtype=torch.float64)
+            record.penalties.append(Part(penalty, parts.shards))
+        written: list[Tensor] = []
+        slots = self._rule.slots
+        for members in self._members:
+            for member in members:
+                if member.grad is None:
+                    continue
+                record.stepped.append(member.place)
+                own = member.own
+                if own is None or len(own) < len(member.entry) or own.get("step") is not member.entry.get("step"):
+                    self._keep_state(member, state)
+                    own = member.own
+                if member.spec is not None:
+                    written.append(member.param)
+                    if own:
+                        for name in slots:
+                            if (slot := own.get(name)) is not None:
+                                written.append(slot)
+        # Autograd must see what was written through the parts.
+        torch.autograd.graph.increment_version(written)
+        last.by_reference(record)
+
+    def _keep_state(self, member: _Member, state: Any) -> None:
+        """What the kernels have made goes to the parameter's state."""
+        made = member.parts.state.get(member.part)
+        if made is None:
+            return
+        if member.spec is None:
+            state[member.param] = member.own = member.entry = made
+            return
+        member.entry = made
+        own = member.own = state[member.param]
+        for name, value in made.items():
+            if own.get(name) is None or name == "step":
+                # A count of steps is the same on every rank.
+                own[name] = like(member.param, value) if name != "step" else value
+        member.slots = [(name, own.get(name)) for name in ("step", *self._rule.slots)]
 
 
 def _is_spread_as(a: Any, b: Any) -> bool:
     """Of two specs of DTensors; those of a parameter and its gradient are often one object."""
-    return a is b or (a.mesh == b.mesh and a.placements == b.placements)
+    return a is b or (a is not None and a.mesh == b.mesh and a.placements == b.placements)

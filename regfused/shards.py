@@ -88,6 +88,20 @@ def over_all_ranks(parts: Tensor, shards: Shards | None, reduce: str = "sum") ->
     return module.DTensor.from_local(parts, shards.mesh, placements, run_check=False).full_tensor()
 
 
+def all_reduce_in_place(values: Tensor, shards: Shards, is_max: bool) -> int:
+    """The sum (or maximum) over the ranks that have different parts, in place; how many these are.
+
+    One collective operation for each dimension of the mesh along which tensors are split.
+    """
+    operation = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+    count = 1
+    for dim, is_sharded in enumerate(shards.sharded):
+        if is_sharded:
+            torch.distributed.all_reduce(values, operation, shards.mesh.get_group(dim))
+            count *= shards.mesh.size(dim)
+    return count
+
+
 def whole_sum(parts: Iterable[tuple[Tensor, Shards | None]]) -> Tensor:
     """The sum of 0-dim tensors, of all ranks where they are parts: float64, on the first device that is not the CPU."""
     by_shards: dict[Shards | None, list[Tensor]] = {}

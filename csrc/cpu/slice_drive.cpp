@@ -203,7 +203,7 @@ void SlicesOnCpu::sum(const Cut& cut, const Chunk& chunk) {
 void SlicesOnCpu::make_radii(const Cut& cut, const Chunk& chunk) {
   const double* sums = sums_.data() + cut.partials * SliceSums::kCount;
   const bool doubles = cut.tensor.dtype == DType::float64;
-  const double tolerance = doubles ? radius_tolerance<double>() : radius_tolerance<float>();
+  const RadiusPrecision precision = doubles ? radius_precision<double>() : radius_precision<float>();
   for_slices(cut, chunk, [&](int64_t begin, int64_t n) {
     double squares[kSlicesTogether] = {}, second[kSlicesTogether] = {}, largest[kSlicesTogether] = {};
     add_up(cut, sums, begin, n, squares, std::plus<double>());
@@ -211,7 +211,7 @@ void SlicesOnCpu::make_radii(const Cut& cut, const Chunk& chunk) {
     add_up(cut, sums + 2 * cut.plane, begin, n, largest, [](double a, double b) { return a > b ? a : b; });
     for (int64_t i = 0; i < n; ++i) {
       SliceRadius& radius = radii_[cut.factors + begin + i];
-      if (radius.open) radius = next_radius(radius, {squares[i], second[i], largest[i]}, tolerance);
+      if (radius.open) radius = next_radius(radius, {squares[i], second[i], largest[i]}, precision);
     }
   });
 }

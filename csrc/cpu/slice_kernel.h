@@ -70,15 +70,15 @@ REGFUSED_RULE void add_squares(double* to, Floats x) {
   add_squares(to + kDoubles, widen_high(x));
 }
 
-// x^2 and x^2*slope.
-REGFUSED_RULE void add_products(double* squares, double* products, Doubles x, Doubles slope) {
+// x^2, and x^2 times another number.
+REGFUSED_RULE void add_products(double* squares, double* products, Doubles x, Doubles other) {
   const Doubles square = x * x;
   store(squares, load(squares) + square);
-  store(products, load(products) + square * slope);
+  store(products, load(products) + square * other);
 }
-REGFUSED_RULE void add_products(double* squares, double* products, Floats x, Floats slope) {
-  add_products(squares, products, widen_low(x), widen_low(slope));
-  add_products(squares + kDoubles, products + kDoubles, widen_high(x), widen_high(slope));
+REGFUSED_RULE void add_products(double* squares, double* products, Floats x, Floats other) {
+  add_products(squares, products, widen_low(x), widen_low(other));
+  add_products(squares + kDoubles, products + kDoubles, widen_high(x), widen_high(other));
 }
 
 template <class S>
@@ -132,28 +132,57 @@ void scale_tile(const SliceTensor& tensor, const SliceTile& tile, const double* 
 
 // --- In a metric ----------------------------------------------------------------------------------
 
-// SliceSums in fixed lanes.
+// SliceSums in fixed lanes: x*x, and x*x times another number.
 struct SliceLanes {
-  NormLanes squares{NormType::two};
-  NormLanes norm{NormType::two};  // at the beginning
+  Doubles squares[kLanes / kDoubles] = {};
   Doubles products[kLanes / kDoubles] = {};
 
-  // x^2 and x^2*slope.
   template <int I>
-  REGFUSED_RULE void add(Floats x, Floats slope) {
-    add<2 * I>(widen_low(x), widen_low(slope));
-    add<2 * I + 1>(widen_high(x), widen_high(slope));
+  REGFUSED_RULE void add(Floats x, Floats other) {
+    add<2 * I>(widen_low(x), widen_low(other));
+    add<2 * I + 1>(widen_high(x), widen_high(other));
   }
   template <int I>
-  REGFUSED_RULE void add(Doubles x, Doubles slope) {
+  REGFUSED_RULE void add(Doubles x, Doubles other) {
     const Doubles square = x * x;
-    squares.lanes[I] += square;
-    products[I] += square * slope;
+    squares[I] += square;
+    products[I] += square * other;
   }
-  REGFUSED_RULE double product() const {
+  REGFUSED_RULE SliceSums total() const { return {total_of(squares), total_of(products), 0}; }
+
+ private:
+  REGFUSED_RULE static double total_of(const Doubles (&lanes)[kLanes / kDoubles]) {
     NormLanes sum(NormType::one);
-    __builtin_memcpy(sum.lanes, products, sizeof products);
+    __builtin_memcpy(sum.lanes, lanes, sizeof lanes);
     return sum.total();
+  }
+};
+
+// The same in float, for some rows, which is faster.
+struct FloatSliceLanes {
+  // Rows after which the sums go to doubles: so few that rounding does not count.
+  static constexpr int64_t kRows = 8;
+  Floats squares[kLanes / kFloats] = {};
+  Floats products[kLanes / kFloats] = {};
+
+  template <int I>
+  REGFUSED_RULE void add(Floats x, Floats other) {
+    const Floats square = x * x;
+    squares[I] += square;
+    products[I] += square * other;
+  }
+  REGFUSED_RULE void move_to(SliceLanes& sums) {
+    for (int i = 0; i < kLanes / kFloats; ++i) {
+      sums.squares[2 * i] += widen_low(squares[i]);
+      sums.squares[2 * i + 1] += widen_high(squares[i]);
+      sums.products[2 * i] += widen_low(products[i]);
+      sums.products[2 * i + 1] += widen_high(products[i]);
+      squares[i] = products[i] = Floats{};
+    }
+  }
+  // Whether no sum has overflowed, and no term was lost that would count.
+  REGFUSED_RULE static bool is_exact(const SliceSums& sums) {
+    return sums.squares >= 1e-20 && sums.squares <= 1e30 && sums.second <= 1e30;
   }
 };
 
@@ -179,9 +208,13 @@ struct MetricRows {
         of_v(const_cast<void*>(tensor.metric.second_moment), Chunk{0, static_cast<int32_t>(n), begin}),
         n(n) {}
 
-  // f(position, q + at, v + at, i + at) for each vector.
+  // f(position, q + at, v + at, i + at) for each vector, after_row(i) for each row.
   template <bool kWrites, class F>
   REGFUSED_RULE void for_each(const F& f) {
+    for_each<kWrites>(f, [](int64_t) __attribute__((always_inline)) {});
+  }
+  template <bool kWrites, class F, class AfterRow>
+  REGFUSED_RULE void for_each(const F& f, const AfterRow& after_row) {
     for (int64_t i = 0; i < n; i += kLanes) {
       S* q = of_q.row(i, n);
       const S* v = of_v.row(i, n);
@@ -189,69 +222,92 @@ struct MetricRows {
       prefetch(v);
       for_each_vector<S>([&](auto position, int at)
                              __attribute__((always_inline)) { f(position, q + at, v + at, i + at); });
+      after_row(i);
       if constexpr (kWrites) of_q.write_back(i, n);
     }
   }
 };
 
-// weights: room for D of each element, in whole rows, where a slice lies in a chunk: there they are made once. Or null.
+// thresholds: room for t of each element, in whole rows, where a slice lies in a chunk: there they are made once. Or
+// null.
 template <class S>
-SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, typename Storage<S>::T* weights) {
+SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, typename Storage<S>::T* thresholds) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   SliceLanes lanes;
   V largest{};
+  const auto sums = [&]() __attribute__((always_inline)) {
+    SliceSums sums = lanes.total();
+    sums.largest = largest_lane<T>(largest);
+    return sums;
+  };
+  if constexpr (sizeof(T) == 4) {
+    FloatSliceLanes some;
+    MetricRows<S>(tensor, begin, n)
+        .template for_each<false>(
+            [&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+              const V threshold = threshold_of(load(v));
+              if (thresholds) store(thresholds + i, threshold);
+              largest = larger(threshold, largest);
+              some.template add<position.value>(load(q), threshold);
+            },
+            [&](int64_t i) __attribute__((always_inline)) {
+              if (i / kLanes % FloatSliceLanes::kRows == FloatSliceLanes::kRows - 1) some.move_to(lanes);
+            });
+    some.move_to(lanes);
+    if (const SliceSums found = sums(); FloatSliceLanes::is_exact(found)) return found;
+    lanes = SliceLanes();
+  }
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V weight = weight_of(load(v)), of_q = load(q);
-        if (weights) store(weights + i, weight);
-        largest = larger(weight, largest);
-        lanes.squares.template add<position.value>(weight * of_q);
-        lanes.norm.template add<position.value>(of_q);
+        const V threshold = threshold_of(load(v));
+        if (thresholds) store(thresholds + i, threshold);
+        largest = larger(threshold, largest);
+        lanes.template add<position.value>(load(q), threshold);
       });
-  return {lanes.squares.total(), lanes.norm.total(), largest_lane<T>(largest)};
+  return sums();
 }
 
 template <class S>
 SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
-                  const typename Storage<S>::T* weights) {
+                  const typename Storage<S>::T* thresholds) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   const T r = T(radius);
   SliceLanes lanes;
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V slope = slice_slope<T>(weights ? load(weights + i) : weight_of(load(v)), r);
+        const V slope = slice_slope<T>(thresholds ? load(thresholds + i) : threshold_of(load(v)), r);
         lanes.template add<position.value>(load(q) * slope, slope);
       });
-  return {lanes.squares.total(), lanes.product(), 0};
+  return lanes.total();
 }
 
 template <class S>
 void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
-               const typename Storage<S>::T* weights) {
+               const typename Storage<S>::T* thresholds) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
   if (radius > largest_number<double>()) return;
-  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   const T r = T(radius);
   MetricRows<S>(tensor, begin, n)
       .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V weight = weights ? load(weights + i) : weight_of(load(v));
-        store(q, slice_shrunk<T>(load(q), weight, r));
+        const V threshold = thresholds ? load(thresholds + i) : threshold_of(load(v));
+        store(q, slice_shrunk(load(q), threshold, r));
       });
 }
 
 template <class S>
 void shrink_in_metric(const SliceTensor& tensor, int64_t begin, int64_t n) {
   using T = typename Storage<S>::T;
-  alignas(REGFUSED_VECTOR_BYTES) T weights[kMostInChunk + kLanes];
-  SliceRadius radius = next_radius({}, sums_at_beginning<S>(tensor, begin, n, weights), radius_tolerance<T>());
+  alignas(REGFUSED_VECTOR_BYTES) T thresholds[kMostInChunk + kLanes];
+  SliceRadius radius = next_radius({}, sums_at_beginning<S>(tensor, begin, n, thresholds), radius_precision<T>());
   for (int i = 1; i < kMostRadii && radius.open; ++i)
-    radius = next_radius(radius, sums_at<S>(tensor, begin, n, radius.radius, weights), radius_tolerance<T>());
-  shrink_to<S>(tensor, begin, n, radius.radius, weights);
+    radius = next_radius(radius, sums_at<S>(tensor, begin, n, radius.radius, thresholds), radius_precision<T>());
+  shrink_to<S>(tensor, begin, n, radius.radius, thresholds);
 }
 
 template <class S>
@@ -285,7 +341,7 @@ void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const Columns
                  double* sums, int64_t plane) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   Columns<double> squares, second;
   Columns<T> largest;
   __builtin_memset(&squares, 0, sizeof squares);
@@ -296,14 +352,13 @@ void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const Columns
     if (rest <= 0) break;
     MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
         .template for_each<false>([&](auto, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-          const V weight = weight_of(load(v)), of_q = load(q);
+          const V threshold = threshold_of(load(v)), of_q = load(q);
           if (radii) {
-            const V slope = slice_slope<T>(weight, load(radii->at + i));
+            const V slope = slice_slope<T>(threshold, load(radii->at + i));
             add_products(squares.at + i, second.at + i, of_q * slope, slope);
           } else {
-            add_squares(squares.at + i, weight * of_q);
-            add_squares(second.at + i, of_q);
-            store(largest.at + i, larger(weight, load(largest.at + i)));
+            add_products(squares.at + i, second.at + i, of_q, threshold);
+            store(largest.at + i, larger(threshold, load(largest.at + i)));
           }
         });
   }
@@ -326,7 +381,7 @@ template <class S, class RadiusOf>
 REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile, const RadiusOf& radius_of) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   Columns<T> radii;
   spread_radii(tile, radii, radius_of);
   for (int64_t r = 0; r < tile.rows; ++r) {
@@ -335,7 +390,7 @@ REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& ti
     MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
         .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
           const V of_q = load(q), radius = load(radii.at + i);
-          const V shrunk = slice_shrunk<T>(of_q, weight_of(load(v)), radius);
+          const V shrunk = slice_shrunk(of_q, threshold_of(load(v)), radius);
           store(q, radius > largest_number<T>() ? of_q : shrunk);
         });
   }
@@ -358,7 +413,7 @@ void shrink_row_in_metric(const SliceTensor& tensor, const SliceTile& tile) {
     for (int32_t run = 0; run < runs; ++run) {
       if (!radii[run].open) continue;
       radii[run] = next_radius(radii[run], {sums[run], sums[run + kSliceColumns], sums[run + 2 * kSliceColumns]},
-                               radius_tolerance<T>());
+                               radius_precision<T>());
       open |= radii[run].open;
     }
   }

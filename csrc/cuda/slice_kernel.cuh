@@ -236,13 +236,13 @@ template <class S>
 struct MetricTensor {
   S* q;
   const S* v;
-  SliceWeight<Arithmetic<S>> weight_of;
+  SliceThreshold<Arithmetic<S>> threshold_of;
   SliceRadius* radii;  // one for each slice
 
   __device__ __forceinline__ explicit MetricTensor(const SliceDeviceTensor& tensor)
       : q(in_global_memory<S>(tensor.data)),
         v(in_global_memory<S>(const_cast<void*>(tensor.second_moment))),
-        weight_of({tensor.second_moment, tensor.metric->root, tensor.metric->floor}, tensor.metric->bound),
+        threshold_of({tensor.second_moment, tensor.metric->root, tensor.metric->floor}, tensor.metric->bound),
         radii(radii_of(tensor)) {}
 };
 
@@ -250,20 +250,20 @@ template <class A>
 struct MetricSums {
   A squares = 0, second = 0, largest = 0;
 
-  // q of an element, and its D.
+  // q of an element, and its threshold.
   template <class T>
-  __device__ __forceinline__ void add_at_beginning(T q, T weight) {
-    const A x = A(weight * q);
-    squares += x * x;
-    second += A(q) * A(q);
-    largest = A(weight) > largest ? A(weight) : largest;
+  __device__ __forceinline__ void add_at_beginning(T q, T threshold) {
+    add(A(q), A(threshold));
+    largest = A(threshold) > largest ? A(threshold) : largest;
   }
   template <class T>
-  __device__ __forceinline__ void add(T q, T weight, T radius) {
-    const T slope = slice_slope<T>(weight, radius);
-    const A x = A(q * slope);
+  __device__ __forceinline__ void add(T q, T threshold, T radius) {
+    const T slope = slice_slope<T>(threshold, radius);
+    add(A(q * slope), A(slope));
+  }
+  __device__ __forceinline__ void add(A x, A other) {
     squares += x * x;
-    second += x * x * A(slope);
+    second += x * x * other;
   }
   __device__ __forceinline__ bool is_exact() const { return regfused::is_exact(squares) && regfused::is_exact(second); }
 };
@@ -294,11 +294,11 @@ __device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const MetricTensor<
   for_each_of_lane(of, segment, [&]<int N>(const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const T weight = of.weight_of(widen(of_v.at[j]));
+      const T threshold = of.threshold_of(widen(of_v.at[j]));
       if (beginning)
-        sums.add_at_beginning(widen(of_q.at[j]), weight);
+        sums.add_at_beginning(widen(of_q.at[j]), threshold);
       else
-        sums.add(widen(of_q.at[j]), weight, r);
+        sums.add(widen(of_q.at[j]), threshold, r);
     }
   });
   return sums;
@@ -336,10 +336,10 @@ __device__ __forceinline__ void sum_segment(const SliceDeviceTensor& tensor, int
   if (!radius.open) return;
   SliceSums sums = metric_sums(of, segment, radius);
   if (tensor.segments.terms() == 1) {  // the whole slice is here
-    radius = next_radius(radius, sums, radius_tolerance<T>());
+    radius = next_radius(radius, sums, radius_precision<T>());
     for (int i = 1; i < kMostRadii && radius.open; ++i) {
       sums = metric_sums(of, segment, radius);
-      radius = next_radius(radius, sums, radius_tolerance<T>());
+      radius = next_radius(radius, sums, radius_precision<T>());
     }
     radius.open = false;
     if (lane_of_thread() == 0) of.radii[segment.slice] = radius;
@@ -363,7 +363,7 @@ __device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, 
   for_each_of_lane(of, segment, [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      narrow(slice_shrunk<T>(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
+      narrow(slice_shrunk(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
     of_q.store(to);
   });
 }
@@ -421,11 +421,11 @@ __device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_
       for_each_row<S, N>(of, tile, c, [&](const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*, int64_t) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const T weight = of.weight_of(widen(of_v.at[j]));
+          const T threshold = of.threshold_of(widen(of_v.at[j]));
           if (again)
-            sums[j].add(widen(of_q.at[j]), weight, radius[j]);
+            sums[j].add(widen(of_q.at[j]), threshold, radius[j]);
           else
-            sums[j].add_at_beginning(widen(of_q.at[j]), weight);
+            sums[j].add_at_beginning(widen(of_q.at[j]), threshold);
         }
       });
 #pragma unroll
@@ -469,7 +469,7 @@ __device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int
 #pragma unroll
       for (int j = 0; j < N; ++j)
         if (!(radius[j] > largest_number<T>()))
-          narrow(slice_shrunk<T>(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
+          narrow(slice_shrunk(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
       store_some(of_q, to, left);
     });
   });
@@ -546,14 +546,15 @@ __device__ __forceinline__ void make_radii(const SliceDeviceTensor& tensor, cons
   SliceSums sums;
   sums.squares = combine_terms(pieces, tensor.partials, slice, many, of_warps, add);
   sums.second = combine_terms(pieces, tensor.partials + plane, slice, many, of_warps, add);
-  // A run that lies in two tiles has the sum of two maxima here: a beginning that is farther off, and no other end.
+  // A run that lies in two tiles has the sum of two maxima here: a search that may go on for longer, and no other end.
   sums.largest = combine_terms(pieces, tensor.partials + 2 * plane, slice, many, of_warps, larger);
   if (slice >= pieces.layout.count || (many && threadIdx.x != 0)) return;
   SliceRadius* radii = radii_of(tensor);
   SliceRadius radius;
   if (again) radius = radii[slice];
-  const double tolerance = tensor.dtype == DType::float64 ? radius_tolerance<double>() : radius_tolerance<float>();
-  if (radius.open) radii[slice] = next_radius(radius, sums, tolerance);
+  const RadiusPrecision precision =
+      tensor.dtype == DType::float64 ? radius_precision<double>() : radius_precision<float>();
+  if (radius.open) radii[slice] = next_radius(radius, sums, precision);
 }
 
 template <class Pieces>

@@ -24,16 +24,17 @@ enum class SliceRule : uint8_t {
 };
 
 // The group lasso where each element has a step of its own length e, taken in the metric of the step: the w that
-// minimizes  sum (w - q)^2 / (2*e) + k*group_l1*||w||.  With D = 1/(k*group_l1*e) of each element:
+// minimizes  sum (w - q)^2 / (2*e) + k*group_l1*||w||.  With the threshold t = k*group_l1*e of each element:
 //
-//   w = 0                      where sum (D*q)^2 <= 1
-//   w = q * r*D/(r*D + 1)      where r = ||w|| solves  sum x^2 = 1,  x = D*q/(r*D + 1)
+//   w = 0              where sum (q/t)^2 <= 1
+//   w = q * r/(r + t)  where r = ||w|| solves  sum x^2 = 1,  x = q/(r + t)
 //
-// Newton's method on 1/sqrt(sum x^2) - 1, which is concave and nearly linear in r: from ||q|| - 1/max D, which is not
-// below the solution, the first step leads to a point that is not above it, or to 0, and from there the steps only
-// grow.
+// Newton's method on f(r) = 1/sqrt(sum x^2) - 1, which is concave and nearly linear. Where r is large, f is its
+// asymptote (r + sum (q^2*t)/||q||^2)/||q|| - 1: the search begins at the zero of that, which is not above the
+// solution, as f is not above its asymptote, and from there the steps only grow. If all t are at most m, that zero is
+// within 0.4*m^2/||q|| of the solution: where thresholds are small it is the solution, to rounding.
 //
-// e is made again of what the step has left in a slot: D = (sqrt(v)*root + floor)*scale.
+// e is made again of what the step has left in a slot: t = bound/(sqrt(v)*root + floor).
 struct SliceMetric {
   const void* second_moment = nullptr;  // v, which lies as the tensor does; null: one length for all elements
   double root = 0;
@@ -42,7 +43,7 @@ struct SliceMetric {
   REGFUSED_RULE explicit operator bool() const { return second_moment != nullptr; }
 };
 
-// What is summed up over a slice. At the beginning: (D*q)^2, q^2, and the largest D. Later: x^2 and x^2*D/(r*D + 1).
+// What is summed up over a slice. At the beginning: q^2, q^2*t, and the largest t. Later: x^2 and x^2/(r + t).
 struct SliceSums {
   static constexpr int kCount = 3;
   double squares = 0;
@@ -81,34 +82,34 @@ REGFUSED_RULE double slice_factor(SliceRule rule, double bound, double norm) {
   return norm <= bound ? 0 : 1 - bound / norm;
 }
 
-// D of an element from its second moment. No D is so large that its products overflow: an element whose second moment
-// has become infinite does not move anyway.
+// t of an element from its second moment. None is so small or so large that products of it overflow: an element whose
+// second moment has become infinite does not move anyway.
 template <class T>
-struct SliceWeight {
-  T root, floor, scale, cap;
+struct SliceThreshold {
+  static constexpr T kLargest = T(sizeof(T) == 4 ? 1e18 : 1e100);
+  T bound, root, floor;
 
-  REGFUSED_RULE SliceWeight(const SliceMetric& metric, double bound)
-      : root(T(metric.root)), floor(T(metric.floor)), cap(T(sizeof(T) == 4 ? 1e18 : 1e100)) {
-    scale = bound * double(cap) > 1 ? T(1 / bound) : cap;
-  }
+  REGFUSED_RULE SliceThreshold(const SliceMetric& metric, double bound)
+      : bound(T(bound)), root(T(metric.root)), floor(T(metric.floor)) {}
 
   template <class V>
   REGFUSED_RULE V operator()(V v) const {
-    const V weight = (square_root(v) * root + floor) * scale;
-    return weight < cap ? weight : splat<V>(cap);
+    const V threshold = bound / (square_root(v) * root + floor);
+    const V not_small = threshold > 1 / kLargest ? threshold : splat<V>(1 / kLargest);
+    return not_small < kLargest ? not_small : splat<V>(kLargest);
   }
 };
 
-// D/(r*D + 1) of an element from its D and the radius r of its slice. x is its product with q.
+// 1/(r + t) of an element from its threshold and the radius of its slice. x is its product with q.
 template <class T, class V, class R>
-REGFUSED_RULE V slice_slope(V weight, R radius) {
-  return weight / (radius * weight + T(1));
+REGFUSED_RULE V slice_slope(V threshold, R radius) {
+  return T(1) / (radius + threshold);
 }
 
 // q -> w of one element. An infinite radius leaves the slice as it is.
-template <class T, class V, class R>
-REGFUSED_RULE V slice_shrunk(V q, V weight, R radius) {
-  return q * (radius * slice_slope<T>(weight, radius));
+template <class V, class R>
+REGFUSED_RULE V slice_shrunk(V q, V threshold, R radius) {
+  return q * (radius / (radius + threshold));
 }
 
 template <class T>
@@ -116,32 +117,36 @@ REGFUSED_RULE constexpr T largest_number() {
   return T(sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
 }
 
-// From the sums at a radius to the next one; `tolerance`: of a relative change after which the error, about the square
-// of it, does not count.
-REGFUSED_RULE SliceRadius next_radius(const SliceRadius& now, const SliceSums& sums, double tolerance) {
+// How exact a search has to be, in the type of arithmetic.
+struct RadiusPrecision {
+  double change;     // after a relative change of r that is not above it the error, about its square, does not count
+  double threshold;  // where no t/r is above it r has not to be sought: an element's error is below its cube
+};
+template <class T>
+REGFUSED_RULE constexpr RadiusPrecision radius_precision() {
+  return sizeof(T) == 4 ? RadiusPrecision{1e-4, 2e-3} : RadiusPrecision{1e-8, 3e-6};
+}
+
+// From the sums at a radius to the next one.
+REGFUSED_RULE SliceRadius next_radius(const SliceRadius& now, const SliceSums& sums, const RadiusPrecision& precision) {
   if (now.is_beginning()) {
-    if (sums.squares <= 1) return {0, false};
-    const double norm = sqrt(sums.second);
-    if (!(norm <= largest_number<double>())) return {norm, false};  // infinite: as it is; NaN: NaN
-    const double start = norm - 1 / sums.largest;
-    return {start > 0 ? start : 0, true};
+    const double norm = sqrt(sums.squares);
+    if (!(norm > 0 && norm <= largest_number<double>())) return {norm, false};  // 0 or infinite: as it is; NaN: NaN
+    const double start = norm - sums.second / sums.squares;
+    if (!(start > 0)) return {0, true};
+    return {start, sums.largest > precision.threshold * start};
   }
+  if (now.radius == 0 && sums.squares <= 1) return {0, false};
   const double step = sums.squares * (sqrt(sums.squares) - 1) / sums.second;
   double next = now.radius + step;
   if (!(next > 0)) next = 0;
   if (!(step <= largest_number<double>())) return {now.radius, false};  // nothing of the slice is left to measure
   const double change = next > now.radius ? next - now.radius : now.radius - next;
-  return {next, change > tolerance * next};
+  return {next, change > precision.change * next};
 }
 
 // Where rounding keeps a search from its end, it ends here.
 constexpr int kMostRadii = 16;
-
-// Of the type of arithmetic.
-template <class T>
-REGFUSED_RULE constexpr double radius_tolerance() {
-  return sizeof(T) == 4 ? 1e-4 : 1e-8;
-}
 
 // One element, given the factor of its slice, in the type of arithmetic.
 template <class V>

@@ -141,6 +141,7 @@ class Adam(Regularized, torch.optim.Adam):
         norm_type: float = 2.0,
         penalty_in_clip: bool = True,
         nonfinite: str = "propagate",
+        norm_group: Any = None,
         keep_zeros: bool = False,
         nonnegative: bool = False,
         decoupled_proximal: bool = False,
@@ -177,7 +178,7 @@ class Adam(Regularized, torch.optim.Adam):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._construct(params, defaults)
+        self._construct(params, defaults, norm_group)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -202,6 +203,7 @@ class AdamW(Adam, torch.optim.AdamW):
         norm_type: float = 2.0,
         penalty_in_clip: bool = True,
         nonfinite: str = "propagate",
+        norm_group: Any = None,
         keep_zeros: bool = False,
         nonnegative: bool = False,
         decoupled_proximal: bool = False,
@@ -228,6 +230,7 @@ class AdamW(Adam, torch.optim.AdamW):
             norm_type=norm_type,
             penalty_in_clip=penalty_in_clip,
             nonfinite=nonfinite,
+            norm_group=norm_group,
             keep_zeros=keep_zeros,
             nonnegative=nonnegative,
             decoupled_proximal=decoupled_proximal,

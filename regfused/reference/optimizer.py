@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from regfused import checkpoint, options
+from regfused.norm_group import NormGroup
 from regfused.reference.rule import Rule
 from regfused.reference.step import Entry, Update, clip_coefficient, collect, needs_norm, norm, update_in_turn
 from regfused.stats import LastStep, Stats
 from regfused.tracing import values_are_known
+from regfused.verdict import Verdict
 
 
 class Regularized(torch.optim.Optimizer):
@@ -25,13 +27,19 @@ class Regularized(torch.optim.Optimizer):
     #: What the class does of its own.
     _rule: ClassVar[Rule]
 
-    def _construct(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def _construct(self, params: ParamsT, defaults: dict[str, Any], norm_group: Any) -> None:
         """Not torch's constructor of the class: its defaults would lack ours."""
         options.check_construction(type(self).__name__, defaults, self._rule)
+        self._norm_group = check_norm_group(type(self).__name__, norm_group, defaults)
         self._last = LastStep()
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     # --- Configuration and state ------------------------------------------------------------------
+
+    @property
+    def norm_group(self) -> Any:
+        """The process group that was given, True for the default one, or None."""
+        return None if self._norm_group is None else self._norm_group.given
 
     # An attribute to type checkers, as in torch's classes.
     if TYPE_CHECKING:
@@ -84,7 +92,7 @@ class Regularized(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": self._last.frozen()}
+        return {**super().__getstate__(), "_last": self._last.frozen(), "_norm_group": self._norm_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also the last step of ``load_state_dict``: what is missing keeps the values it had; what is wrong raises."""
@@ -101,6 +109,7 @@ class Regularized(torch.optim.Optimizer):
         options.check_state(operation, groups, state["state"], self._rule, wait=True)
         torch.optim.Optimizer.__setstate__(self, state)
         self.__dict__.setdefault("_last", LastStep())
+        self.__dict__.setdefault("_norm_group", None)
 
     @property
     def stats(self) -> Stats:
@@ -164,19 +173,34 @@ class Regularized(torch.optim.Optimizer):
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         options.list_params(self.param_groups)
         known = values_are_known(param for group in self.param_groups for param in group["params"])
-        if found_inf is not None and known and float(found_inf) != 0:
+        overflows = found_inf is not None and known and float(found_inf) != 0
+        if overflows and self._norm_group is None:
             self._last.skipped += 1
             return
-        options.check_groups(operation, self.param_groups, self._rule)
-        options.check_state(operation, self.param_groups, self.state, self._rule)
-        if grad_scale is not None:
-            grad_scale = float(grad_scale) if known else grad_scale.to(torch.float64)
-        params = (
-            (g, i, group, param) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])
-        )
-        entries = collect(params, grad_scale, operation, self.state, self._rule)
+
+        def measured() -> tuple[list[Entry], Tensor | None]:
+            options.check_groups(operation, self.param_groups, self._rule)
+            options.check_state(operation, self.param_groups, self.state, self._rule)
+            scale = grad_scale
+            if scale is not None:
+                scale = float(scale) if known else scale.to(torch.float64)
+            params = (
+                (g, i, group, param)
+                for g, group in enumerate(self.param_groups)
+                for i, param in enumerate(group["params"])
+            )
+            entries = collect(params, scale, operation, self.state, self._rule)
+            first = self.param_groups[0]
+            return entries, norm(entries, float(first["norm_type"])) if needs_norm(first) else None
+
         first = self.param_groups[0]
-        grad_norm = norm(entries, float(first["norm_type"])) if needs_norm(first) else None
+        if self._norm_group is not None and (needs_norm(first) or found_inf is not None):
+            entries, grad_norm, overflows = self._measured_by_all(measured, overflows, known)
+            if overflows:
+                self._last.skipped += 1
+                return
+        else:
+            entries, grad_norm = measured()
         clip_coef = None if grad_norm is None else clip_coefficient(first["max_norm"], grad_norm)
         if known:
             # The one place where the host waits for a device, and only under these policies.
@@ -191,6 +215,29 @@ class Regularized(torch.optim.Optimizer):
             self._last.by_reference(record)
         else:
             self._step_unseen(operation, entries, grad_norm, clip_coef, found_inf)
+
+    def _measured_by_all(
+        self, measured: Callable[[], tuple[list[Entry], Tensor | None]], overflows: bool, known: bool
+    ) -> tuple[list[Entry], Tensor | None, bool]:
+        """Entries, the norm over the processes of `norm_group`, and whether the step of one of them overflows."""
+        assert self._norm_group is not None
+        if not known:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: norm_group demands gradients whose values are known, but a tracer is on"
+            )
+        norm_type = float(self.param_groups[0]["norm_type"])
+        entries: list[Entry] = []
+        has_norm = False
+
+        def measure() -> Verdict:
+            nonlocal entries, has_norm
+            entries, grad_norm = measured()
+            has_norm = grad_norm is not None
+            return Verdict.of(0.0 if grad_norm is None else grad_norm.item(), norm_type, overflows=overflows)
+
+        verdict = self._norm_group.judge(measure, norm_type)
+        grad_norm = torch.tensor(verdict.norm(norm_type), dtype=torch.float64) if has_norm else None
+        return entries, grad_norm, verdict.overflows
 
     def _step_unseen(
         self,
@@ -218,6 +265,17 @@ class Regularized(torch.optim.Optimizer):
         self._last.by_reference(replace(record, grad_norm=grad_norm))
         if happens is not None:
             self._last.skipped = self._last.skipped + (~happens).to(torch.float64)
+
+
+def check_norm_group(operation: str, group: Any, defaults: dict[str, Any]) -> NormGroup | None:
+    if group is None or group is False:
+        return None
+    if defaults["differentiable"]:
+        raise ValueError(
+            f"{operation}: differentiable=True demands norm_group=None, for autograd does not see other processes, "
+            f"but got norm_group={group!r}"
+        )
+    return NormGroup(operation, group)
 
 
 def _nonfinite(operation: str, norm: float | str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -117,6 +119,7 @@ class SGD(Regularized, torch.optim.SGD):
         norm_type: float = 2.0,
         penalty_in_clip: bool = True,
         nonfinite: str = "propagate",
+        norm_group: Any = None,
         keep_zeros: bool = False,
         nonnegative: bool = False,
         decoupled_weight_decay: bool = False,
@@ -151,4 +154,4 @@ class SGD(Regularized, torch.optim.SGD):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._construct(params, defaults)
+        self._construct(params, defaults, norm_group)
