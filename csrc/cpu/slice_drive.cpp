@@ -205,13 +205,15 @@ void SlicesOnCpu::make_radii(const Cut& cut, const Chunk& chunk) {
   const bool doubles = cut.tensor.dtype == DType::float64;
   const RadiusPrecision precision = doubles ? radius_precision<double>() : radius_precision<float>();
   for_slices(cut, chunk, [&](int64_t begin, int64_t n) {
-    double squares[kSlicesTogether] = {}, second[kSlicesTogether] = {}, largest[kSlicesTogether] = {};
+    double squares[kSlicesTogether] = {}, second[kSlicesTogether] = {}, third[kSlicesTogether] = {},
+           largest[kSlicesTogether] = {};
     add_up(cut, sums, begin, n, squares, std::plus<double>());
     add_up(cut, sums + cut.plane, begin, n, second, std::plus<double>());
-    add_up(cut, sums + 2 * cut.plane, begin, n, largest, [](double a, double b) { return a > b ? a : b; });
+    add_up(cut, sums + 2 * cut.plane, begin, n, third, std::plus<double>());
+    add_up(cut, sums + 3 * cut.plane, begin, n, largest, [](double a, double b) { return a > b ? a : b; });
     for (int64_t i = 0; i < n; ++i) {
       SliceRadius& radius = radii_[cut.factors + begin + i];
-      if (radius.open) radius = next_radius(radius, {squares[i], second[i], largest[i]}, precision);
+      if (radius.open) radius = next_radius(radius, {squares[i], second[i], third[i], largest[i]}, precision);
     }
   });
 }

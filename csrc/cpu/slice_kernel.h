@@ -70,17 +70,6 @@ REGFUSED_RULE void add_squares(double* to, Floats x) {
   add_squares(to + kDoubles, widen_high(x));
 }
 
-// x^2, and x^2 times another number.
-REGFUSED_RULE void add_products(double* squares, double* products, Doubles x, Doubles other) {
-  const Doubles square = x * x;
-  store(squares, load(squares) + square);
-  store(products, load(products) + square * other);
-}
-REGFUSED_RULE void add_products(double* squares, double* products, Floats x, Floats other) {
-  add_products(squares, products, widen_low(x), widen_low(other));
-  add_products(squares + kDoubles, products + kDoubles, widen_high(x), widen_high(other));
-}
-
 template <class S>
 void measure_tile(const SliceTensor& tensor, const SliceTile& tile, double* partials) {
   Columns<double> sums;
@@ -132,23 +121,25 @@ void scale_tile(const SliceTensor& tensor, const SliceTile& tile, const double* 
 
 // --- In a metric ----------------------------------------------------------------------------------
 
-// SliceSums in fixed lanes: x*x, and x*x times another number.
+// SliceSums in fixed lanes: x^2, x^2*y, and, at the beginning, x^2*y^2.
 struct SliceLanes {
   Doubles squares[kLanes / kDoubles] = {};
-  Doubles products[kLanes / kDoubles] = {};
+  Doubles second[kLanes / kDoubles] = {};
+  Doubles third[kLanes / kDoubles] = {};
 
-  template <int I>
-  REGFUSED_RULE void add(Floats x, Floats other) {
-    add<2 * I>(widen_low(x), widen_low(other));
-    add<2 * I + 1>(widen_high(x), widen_high(other));
+  template <int I, bool kThird>
+  REGFUSED_RULE void add(Floats x, Floats y) {
+    add<2 * I, kThird>(widen_low(x), widen_low(y));
+    add<2 * I + 1, kThird>(widen_high(x), widen_high(y));
   }
-  template <int I>
-  REGFUSED_RULE void add(Doubles x, Doubles other) {
-    const Doubles square = x * x;
+  template <int I, bool kThird>
+  REGFUSED_RULE void add(Doubles x, Doubles y) {
+    const Doubles square = x * x, product = square * y;
     squares[I] += square;
-    products[I] += square * other;
+    second[I] += product;
+    if constexpr (kThird) third[I] += product * y;
   }
-  REGFUSED_RULE SliceSums total() const { return {total_of(squares), total_of(products), 0}; }
+  REGFUSED_RULE SliceSums total() const { return {total_of(squares), total_of(second), total_of(third), 0}; }
 
  private:
   REGFUSED_RULE static double total_of(const Doubles (&lanes)[kLanes / kDoubles]) {
@@ -158,37 +149,58 @@ struct SliceLanes {
   }
 };
 
-// The same in float, for some rows, which is faster.
+// At the beginning sums of some elements may be made in float, which is faster: r is as exact as the data then, and w,
+// which hardly depends on it, more so. q is taken this many times larger: squares that are lost then are of a slice
+// that is zero, since no threshold is below 1e-18.
+constexpr float kFloatScale = 1 << 20;
+REGFUSED_RULE SliceSums of_float(const SliceSums& sums) {
+  constexpr double kBack = 1 / (double(kFloatScale) * kFloatScale);
+  return {sums.squares * kBack, sums.second * kBack, sums.third * kBack, sums.largest};
+}
+// Whether no sum has overflowed.
+REGFUSED_RULE bool is_exact(const SliceSums& sums) {
+  constexpr double kMost = largest_number<float>();
+  return sums.squares <= kMost && sums.second <= kMost && sums.third <= kMost;
+}
+
 struct FloatSliceLanes {
-  // Rows after which the sums go to doubles: so few that rounding does not count.
+  // Rows after which the sums go to doubles.
   static constexpr int64_t kRows = 8;
   Floats squares[kLanes / kFloats] = {};
-  Floats products[kLanes / kFloats] = {};
+  Floats second[kLanes / kFloats] = {};
+  Floats third[kLanes / kFloats] = {};
 
   template <int I>
-  REGFUSED_RULE void add(Floats x, Floats other) {
-    const Floats square = x * x;
+  REGFUSED_RULE void add(Floats q, Floats threshold) {
+    const Floats x = q * kFloatScale, square = x * x, product = square * threshold;
     squares[I] += square;
-    products[I] += square * other;
+    second[I] += product;
+    third[I] += product * threshold;
   }
   REGFUSED_RULE void move_to(SliceLanes& sums) {
     for (int i = 0; i < kLanes / kFloats; ++i) {
-      sums.squares[2 * i] += widen_low(squares[i]);
-      sums.squares[2 * i + 1] += widen_high(squares[i]);
-      sums.products[2 * i] += widen_low(products[i]);
-      sums.products[2 * i + 1] += widen_high(products[i]);
-      squares[i] = products[i] = Floats{};
+      move(squares[i], sums.squares + 2 * i);
+      move(second[i], sums.second + 2 * i);
+      move(third[i], sums.third + 2 * i);
     }
   }
-  // Whether no sum has overflowed, and no term was lost that would count.
-  REGFUSED_RULE static bool is_exact(const SliceSums& sums) {
-    return sums.squares >= 1e-20 && sums.squares <= 1e30 && sums.second <= 1e30;
+
+ private:
+  REGFUSED_RULE static void move(Floats& from, Doubles* to) {
+    to[0] += widen_low(from);
+    to[1] += widen_high(from);
+    from = Floats{};
   }
 };
 
 template <class V>
 REGFUSED_RULE V larger(V a, V b) {
   return a > b ? a : b;
+}
+// The larger threshold, where q is not 0.
+template <class V>
+REGFUSED_RULE V larger_threshold(V q, V threshold, V largest) {
+  return q == 0 ? largest : larger(threshold, largest);
 }
 template <class T, class V>
 REGFUSED_RULE double largest_lane(V lanes) {
@@ -208,14 +220,20 @@ struct MetricRows {
         of_v(const_cast<void*>(tensor.metric.second_moment), Chunk{0, static_cast<int32_t>(n), begin}),
         n(n) {}
 
-  // f(position, q + at, v + at, i + at) for each vector, after_row(i) for each row.
+  // f(position, q + at, v + at, i + at) for each vector of each row from i on, after_row(i) after it.
   template <bool kWrites, class F>
   REGFUSED_RULE void for_each(const F& f) {
     for_each<kWrites>(f, [](int64_t) __attribute__((always_inline)) {});
   }
   template <bool kWrites, class F, class AfterRow>
   REGFUSED_RULE void for_each(const F& f, const AfterRow& after_row) {
+    for_each<kWrites>(f, after_row, [](int64_t) __attribute__((always_inline)) { return true; });
+  }
+  // Rows that are not wanted(i) are passed by.
+  template <bool kWrites, class F, class AfterRow, class Wanted>
+  REGFUSED_RULE void for_each(const F& f, const AfterRow& after_row, const Wanted& wanted) {
     for (int64_t i = 0; i < n; i += kLanes) {
+      if (!wanted(i)) continue;
       S* q = of_q.row(i, n);
       const S* v = of_v.row(i, n);
       prefetch(q);
@@ -237,36 +255,35 @@ SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n,
   const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
   SliceLanes lanes;
   V largest{};
-  const auto sums = [&]() __attribute__((always_inline)) {
-    SliceSums sums = lanes.total();
-    sums.largest = largest_lane<T>(largest);
-    return sums;
-  };
   if constexpr (sizeof(T) == 4) {
     FloatSliceLanes some;
     MetricRows<S>(tensor, begin, n)
         .template for_each<false>(
             [&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-              const V threshold = threshold_of(load(v));
+              const V threshold = threshold_of(load(v)), of_q = load(q);
               if (thresholds) store(thresholds + i, threshold);
-              largest = larger(threshold, largest);
-              some.template add<position.value>(load(q), threshold);
+              largest = larger_threshold(of_q, threshold, largest);
+              some.template add<position.value>(of_q, threshold);
             },
             [&](int64_t i) __attribute__((always_inline)) {
               if (i / kLanes % FloatSliceLanes::kRows == FloatSliceLanes::kRows - 1) some.move_to(lanes);
             });
     some.move_to(lanes);
-    if (const SliceSums found = sums(); FloatSliceLanes::is_exact(found)) return found;
+    SliceSums found = lanes.total();
+    found.largest = largest_lane<T>(largest);
+    if (is_exact(found)) return of_float(found);
     lanes = SliceLanes();
   }
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V threshold = threshold_of(load(v));
+        const V threshold = threshold_of(load(v)), of_q = load(q);
         if (thresholds) store(thresholds + i, threshold);
-        largest = larger(threshold, largest);
-        lanes.template add<position.value>(load(q), threshold);
+        largest = larger_threshold(of_q, threshold, largest);
+        lanes.template add<position.value, true>(of_q, threshold);
       });
-  return sums();
+  SliceSums sums = lanes.total();
+  sums.largest = largest_lane<T>(largest);
+  return sums;
 }
 
 template <class S>
@@ -280,7 +297,7 @@ SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double ra
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
         const V slope = slice_slope<T>(thresholds ? load(thresholds + i) : threshold_of(load(v)), r);
-        lanes.template add<position.value>(load(q) * slope, slope);
+        lanes.template add<position.value, false>(load(q) * slope, slope);
       });
   return lanes.total();
 }
@@ -310,15 +327,25 @@ void shrink_in_metric(const SliceTensor& tensor, int64_t begin, int64_t n) {
   shrink_to<S>(tensor, begin, n, radius.radius, thresholds);
 }
 
+// The numbers of a partial sum lie apart.
+REGFUSED_RULE void put(const SliceSums& sums, double* to, int64_t plane) {
+  to[0] = sums.squares;
+  to[plane] = sums.second;
+  to[2 * plane] = sums.third;
+  to[3 * plane] = sums.largest;
+}
+
+REGFUSED_RULE SliceSums taken(const double* from, int64_t plane) {
+  return {from[0], from[plane], from[2 * plane], from[3 * plane]};
+}
+
 template <class S>
 void sum_segment(const SliceTensor& tensor, const SliceSegments::Segment& segment, const SliceRadius& radius,
                  double* sums, int64_t plane) {
   const SliceSums found = radius.is_beginning()
                               ? sums_at_beginning<S>(tensor, segment.begin, segment.size, nullptr)
                               : sums_at<S>(tensor, segment.begin, segment.size, radius.radius, nullptr);
-  sums[0] = found.squares;
-  sums[plane] = found.second;
-  sums[2 * plane] = found.largest;
+  put(found, sums, plane);
 }
 
 template <class S>
@@ -326,74 +353,148 @@ void shrink_segment(const SliceTensor& tensor, const SliceSegments::Segment& seg
   shrink_to<S>(tensor, segment.begin, segment.size, radius.radius, nullptr);
 }
 
-// The radius of each column of a tile, from radius_of(i) of its run i.
-template <class T, class RadiusOf>
-REGFUSED_RULE void spread_radii(const SliceTile& tile, Columns<T>& radii, const RadiusOf& radius_of) {
-  const int32_t runs = tile.runs();
-  for (int32_t run = 0; run < runs; ++run)
-    for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) radii.at[c] = T(radius_of(run).radius);
-  for (int c = 0; c < kLanes; ++c) radii.at[tile.columns + c] = 0;
-}
-
-// The sums of each run of a tile, at the radii of its columns or at the beginning.
-template <class S>
-void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const Columns<typename Storage<S>::T>* radii,
-                 double* sums, int64_t plane) {
-  using T = typename Storage<S>::T;
-  using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
-  Columns<double> squares, second;
-  Columns<T> largest;
-  __builtin_memset(&squares, 0, sizeof squares);
-  __builtin_memset(&second, 0, sizeof second);
-  __builtin_memset(&largest, 0, sizeof largest);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
-    if (rest <= 0) break;
-    MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
-        .template for_each<false>([&](auto, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-          const V threshold = threshold_of(load(v)), of_q = load(q);
-          if (radii) {
-            const V slope = slice_slope<T>(threshold, load(radii->at + i));
-            add_products(squares.at + i, second.at + i, of_q * slope, slope);
-          } else {
-            add_products(squares.at + i, second.at + i, of_q, threshold);
-            store(largest.at + i, larger(threshold, load(largest.at + i)));
-          }
-        });
-  }
-  const int32_t runs = tile.runs();
-  for (int32_t run = 0; run < runs; ++run) {
-    SliceSums of_run;
-    for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) {
-      of_run.squares += squares.at[c];
-      of_run.second += second.at[c];
-      of_run.largest = larger(double(largest.at[c]), of_run.largest);
-    }
-    sums[run] = of_run.squares;
-    sums[run + plane] = of_run.second;
-    sums[run + 2 * plane] = of_run.largest;
-  }
-}
-
-// radius_of(i): of run i of the tile.
-template <class S, class RadiusOf>
-REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile, const RadiusOf& radius_of) {
-  using T = typename Storage<S>::T;
-  using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+// The radius of each column of a tile, from radius_of(i) of its run i, which is asked in turn; and which stretches of
+// kLanes columns have one that is still sought.
+template <class T>
+struct ColumnRadii {
   Columns<T> radii;
-  spread_radii(tile, radii, radius_of);
+  bool open[kSliceColumns / kLanes + 1] = {};
+
+  template <class RadiusOf>
+  REGFUSED_RULE ColumnRadii(const SliceTile& tile, RadiusOf radius_of) {
+    const int32_t runs = tile.runs();
+    for (int32_t run = 0, c = 0; run < runs; ++run) {
+      const SliceRadius& radius = radius_of(run);
+      for (const int32_t end = tile.begin_of(run + 1); c < end; ++c) {
+        radii.at[c] = T(radius.radius);
+        open[c / kLanes] |= radius.open;
+      }
+    }
+    for (int c = 0; c < kLanes; ++c) radii.at[tile.columns + c] = 0;
+  }
+};
+
+// SliceSums of each column of a tile, in the type A.
+template <class A, class T>
+struct ColumnSums {
+  Columns<A> squares, second, third;
+  Columns<T> largest;
+
+  ColumnSums() {
+    __builtin_memset(&squares, 0, sizeof squares);
+    __builtin_memset(&second, 0, sizeof second);
+    __builtin_memset(&third, 0, sizeof third);
+    __builtin_memset(&largest, 0, sizeof largest);
+  }
+  // x^2 and x^2*y from column i on, and at the beginning x^2*y^2.
+  template <bool kThird, class V>
+  REGFUSED_RULE void add(int64_t i, V x, V y) {
+    if constexpr (sizeof(A) != sizeof(T) && std::is_same_v<V, Floats>) {
+      add<kThird>(i, widen_low(x), widen_low(y));
+      add<kThird>(i + kDoubles, widen_high(x), widen_high(y));
+    } else {
+      const V square = x * x, product = square * y;
+      store(squares.at + i, load(squares.at + i) + square);
+      store(second.at + i, load(second.at + i) + product);
+      if constexpr (kThird) store(third.at + i, load(third.at + i) + product * y);
+    }
+  }
+  REGFUSED_RULE SliceSums of_run(const SliceTile& tile, int32_t run) const {
+    SliceSums sums;
+    for (int32_t c = tile.begin_of(run); c < tile.begin_of(run + 1); ++c) {
+      sums.squares += squares.at[c];
+      sums.second += second.at[c];
+      sums.third += third.at[c];
+      sums.largest = larger(double(largest.at[c]), sums.largest);
+    }
+    return sums;
+  }
+};
+
+// f(q, v, i) for each vector of a tile, from column i on, row by row. wanted(i): whether a stretch of columns is.
+template <class S, bool kWrites, class F, class Wanted>
+REGFUSED_RULE void for_each_in_metric(const SliceTensor& tensor, const SliceTile& tile, const F& f,
+                                      const Wanted& wanted) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
     if (rest <= 0) break;
     MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
-        .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-          const V of_q = load(q), radius = load(radii.at + i);
-          const V shrunk = slice_shrunk(of_q, threshold_of(load(v)), radius);
-          store(q, radius > largest_number<T>() ? of_q : shrunk);
-        });
+        .template for_each<kWrites>(
+            [&](auto, auto* q, const S* v, int64_t i) __attribute__((always_inline)) { f(q, v, i); },
+            [](int64_t) __attribute__((always_inline)) {}, wanted);
   }
+}
+
+// The sums of each run of a tile at the beginning, in the type A.
+template <class S, class A>
+ColumnSums<A, typename Storage<S>::T> sums_of_columns(const SliceTensor& tensor, const SliceTile& tile) {
+  using T = typename Storage<S>::T;
+  using V = typename Storage<S>::V;
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const T scale = sizeof(A) == 4 ? kFloatScale : 1;
+  ColumnSums<A, T> sums;
+  for_each_in_metric<S, false>(
+      tensor, tile,
+      [&](const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V threshold = threshold_of(load(v)), of_q = load(q);
+        T* largest = sums.largest.at + i;
+        store(largest, larger_threshold(of_q, threshold, load(largest)));
+        sums.template add<true>(i, of_q * scale, threshold);
+      },
+      [](int64_t) __attribute__((always_inline)) { return true; });
+  return sums;
+}
+
+template <class S>
+void sum_columns_at_beginning(const SliceTensor& tensor, const SliceTile& tile, double* to, int64_t plane) {
+  const int32_t runs = tile.runs();
+  if constexpr (sizeof(typename Storage<S>::T) == 4) {
+    const auto sums = sums_of_columns<S, float>(tensor, tile);
+    bool exact = true;
+    for (int32_t run = 0; run < runs; ++run) {
+      const SliceSums of_run = sums.of_run(tile, run);
+      exact &= is_exact(of_run);
+      put(of_float(of_run), to + run, plane);
+    }
+    if (exact) return;
+  }
+  const auto sums = sums_of_columns<S, double>(tensor, tile);
+  for (int32_t run = 0; run < runs; ++run) put(sums.of_run(tile, run), to + run, plane);
+}
+
+// The sums of each run of a tile at the radii of its columns; those of radii that have been found are not made.
+template <class S>
+void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const ColumnRadii<typename Storage<S>::T>& at,
+                 double* to, int64_t plane) {
+  using T = typename Storage<S>::T;
+  using V = typename Storage<S>::V;
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  ColumnSums<double, T> sums;
+  for_each_in_metric<S, false>(
+      tensor, tile,
+      [&](const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V slope = slice_slope<T>(threshold_of(load(v)), load(at.radii.at + i));
+        sums.template add<false>(i, load(q) * slope, slope);
+      },
+      [&](int64_t i) __attribute__((always_inline)) { return at.open[i / kLanes]; });
+  const int32_t runs = tile.runs();
+  for (int32_t run = 0; run < runs; ++run) put(sums.of_run(tile, run), to + run, plane);
+}
+
+template <class S>
+REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile,
+                                  const ColumnRadii<typename Storage<S>::T>& to) {
+  using T = typename Storage<S>::T;
+  using V = typename Storage<S>::V;
+  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  for_each_in_metric<S, true>(
+      tensor, tile,
+      [&](S* q, const S* v, int64_t i) __attribute__((always_inline)) {
+        const V of_q = load(q), radius = load(to.radii.at + i);
+        const V shrunk = slice_shrunk(of_q, threshold_of(load(v)), radius);
+        store(q, radius > largest_number<T>() ? of_q : shrunk);
+      },
+      [](int64_t) __attribute__((always_inline)) { return true; });
 }
 
 // Whole short slices side by side: a tile of one row.
@@ -403,42 +504,51 @@ void shrink_row_in_metric(const SliceTensor& tensor, const SliceTile& tile) {
   SliceRadius radii[kSliceColumns];
   double sums[SliceSums::kCount * kSliceColumns];
   const int32_t runs = tile.runs();
-  const auto radius_of = [&](int32_t run) { return radii[run]; };
+  const auto radius_of = [&](int32_t run) -> const SliceRadius& { return radii[run]; };
   bool open = true;
   for (int i = 0; i < kMostRadii && open; ++i) {
-    Columns<T> at;
-    if (i > 0) spread_radii(tile, at, radius_of);
-    sum_columns<S>(tensor, tile, i > 0 ? &at : nullptr, sums, kSliceColumns);
+    if (i == 0)
+      sum_columns_at_beginning<S>(tensor, tile, sums, kSliceColumns);
+    else
+      sum_columns<S>(tensor, tile, ColumnRadii<T>(tile, radius_of), sums, kSliceColumns);
     open = false;
     for (int32_t run = 0; run < runs; ++run) {
       if (!radii[run].open) continue;
-      radii[run] = next_radius(radii[run], {sums[run], sums[run + kSliceColumns], sums[run + 2 * kSliceColumns]},
-                               radius_precision<T>());
+      radii[run] = next_radius(radii[run], taken(sums + run, kSliceColumns), radius_precision<T>());
       open |= radii[run].open;
     }
   }
-  shrink_columns<S>(tensor, tile, radius_of);
+  shrink_columns<S>(tensor, tile, ColumnRadii<T>(tile, radius_of));
 }
 
-// radii: of all slices.
+// Of the runs of a tile, asked in turn from the first on: the radii of their slices.
+struct RadiiInTurn {
+  const SliceRadius* radii;  // of all slices
+  int64_t slice, count;
+
+  REGFUSED_RULE RadiiInTurn(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii)
+      : radii(radii), slice(tile.first_run % tensor.layout.count), count(tensor.layout.count) {}
+  REGFUSED_RULE const SliceRadius& operator()(int32_t) {
+    const SliceRadius& radius = radii[slice];
+    slice = slice + 1 == count ? 0 : slice + 1;
+    return radius;
+  }
+};
+
 template <class S>
 void sum_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii, double* sums, int64_t plane) {
-  const int64_t count = tensor.layout.count, first = tile.first_run % count;
-  const auto radius_of = [&](int32_t run) -> const SliceRadius& { return radii[(first + run) % count]; };
+  RadiiInTurn radius_of(tensor, tile, radii);
+  if (radii[radius_of.slice].is_beginning()) return sum_columns_at_beginning<S>(tensor, tile, sums, plane);
   const int32_t runs = tile.runs();
   bool open = false;
   for (int32_t run = 0; run < runs; ++run) open |= radius_of(run).open;
   if (!open) return;
-  Columns<typename Storage<S>::T> at;
-  const bool beginning = radius_of(0).is_beginning();
-  if (!beginning) spread_radii(tile, at, radius_of);
-  sum_columns<S>(tensor, tile, beginning ? nullptr : &at, sums, plane);
+  sum_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)), sums, plane);
 }
 
 template <class S>
 void shrink_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii) {
-  const int64_t count = tensor.layout.count, first = tile.first_run % count;
-  shrink_columns<S>(tensor, tile, [&](int32_t run) { return radii[(first + run) % count]; });
+  shrink_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)));
 }
 
 // --- Both -----------------------------------------------------------------------------------------

@@ -248,13 +248,14 @@ struct MetricTensor {
 
 template <class A>
 struct MetricSums {
-  A squares = 0, second = 0, largest = 0;
+  A squares = 0, second = 0, third = 0, largest = 0;
 
   // q of an element, and its threshold.
   template <class T>
   __device__ __forceinline__ void add_at_beginning(T q, T threshold) {
     add(A(q), A(threshold));
-    largest = A(threshold) > largest ? A(threshold) : largest;
+    third += A(q) * A(q) * A(threshold) * A(threshold);
+    if (q != 0) largest = A(threshold) > largest ? A(threshold) : largest;
   }
   template <class T>
   __device__ __forceinline__ void add(T q, T threshold, T radius) {
@@ -309,13 +310,14 @@ template <class S>
 __device__ __forceinline__ SliceSums metric_sums(const MetricTensor<S>& of, const SliceSegments::Segment& segment,
                                                  const SliceRadius& radius) {
   const auto fast = metric_sums_of_lane<Arithmetic<S>, S>(of, segment, radius);
-  SliceSums sums{double(fast.squares), double(fast.second), double(fast.largest)};
+  SliceSums sums{double(fast.squares), double(fast.second), double(fast.third), double(fast.largest)};
   if (!fast.is_exact()) {
     const auto exact = metric_sums_of_lane<double, S>(of, segment, radius);
-    sums = {exact.squares, exact.second, exact.largest};
+    sums = {exact.squares, exact.second, exact.third, exact.largest};
   }
   sums.squares = __shfl_sync(0xffffffffu, warp_sum(sums.squares), 0);
   sums.second = __shfl_sync(0xffffffffu, warp_sum(sums.second), 0);
+  sums.third = __shfl_sync(0xffffffffu, warp_sum(sums.third), 0);
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     const double other = __shfl_down_sync(0xffffffffu, sums.largest, distance);
     sums.largest = other > sums.largest ? other : sums.largest;
@@ -347,7 +349,8 @@ __device__ __forceinline__ void sum_segment(const SliceDeviceTensor& tensor, int
     const int64_t plane = tensor.segments.partials();
     tensor.partials[index] = sums.squares;
     tensor.partials[index + plane] = sums.second;
-    tensor.partials[index + 2 * plane] = sums.largest;
+    tensor.partials[index + 2 * plane] = sums.third;
+    tensor.partials[index + 3 * plane] = sums.largest;
   }
 }
 
@@ -373,8 +376,8 @@ __device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, 
 // Of the columns of a tile, in the type of arithmetic.
 template <class T>
 struct MetricColumns {
-  T squares[kMostSliceColumns / (sizeof(T) / 4)], second[kMostSliceColumns / (sizeof(T) / 4)],
-      largest[kMostSliceColumns / (sizeof(T) / 4)];
+  static constexpr int kCount = kMostSliceColumns / (sizeof(T) / 4);
+  T squares[kCount], second[kCount], third[kCount], largest[kCount];
 };
 
 // f.template operator()<N>(of_q, of_v, q, left) row by row of N columns of a tile, from column c on.
@@ -432,6 +435,7 @@ __device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_
     for (int j = 0; j < N; ++j) {
       columns.squares[c + j] = sums[j].squares;
       columns.second[c + j] = sums[j].second;
+      columns.third[c + j] = sums[j].third;
       columns.largest[c + j] = sums[j].largest;
     }
   });
@@ -445,11 +449,13 @@ __device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_
     for (int c = tile.begin_of(run); c < end; ++c) {
       sums.squares += columns.squares[c];
       sums.second += columns.second[c];
+      sums.third += columns.third[c];
       sums.largest = columns.largest[c] > sums.largest ? columns.largest[c] : sums.largest;
     }
     partials[run] = sums.squares;
     partials[run + plane] = sums.second;
-    partials[run + 2 * plane] = sums.largest;
+    partials[run + 2 * plane] = sums.third;
+    partials[run + 3 * plane] = sums.largest;
   }
   __syncthreads();  // the columns are free again
 }
@@ -547,7 +553,8 @@ __device__ __forceinline__ void make_radii(const SliceDeviceTensor& tensor, cons
   sums.squares = combine_terms(pieces, tensor.partials, slice, many, of_warps, add);
   sums.second = combine_terms(pieces, tensor.partials + plane, slice, many, of_warps, add);
   // A run that lies in two tiles has the sum of two maxima here: a search that may go on for longer, and no other end.
-  sums.largest = combine_terms(pieces, tensor.partials + 2 * plane, slice, many, of_warps, larger);
+  sums.third = combine_terms(pieces, tensor.partials + 2 * plane, slice, many, of_warps, add);
+  sums.largest = combine_terms(pieces, tensor.partials + 3 * plane, slice, many, of_warps, larger);
   if (slice >= pieces.layout.count || (many && threadIdx.x != 0)) return;
   SliceRadius* radii = radii_of(tensor);
   SliceRadius radius;

@@ -31,8 +31,9 @@ enum class SliceRule : uint8_t {
 //
 // Newton's method on f(r) = 1/sqrt(sum x^2) - 1, which is concave and nearly linear. Where r is large, f is its
 // asymptote (r + sum (q^2*t)/||q||^2)/||q|| - 1: the search begins at the zero of that, which is not above the
-// solution, as f is not above its asymptote, and from there the steps only grow. If all t are at most m, that zero is
-// within 0.4*m^2/||q|| of the solution: where thresholds are small it is the solution, to rounding.
+// solution, as f is not above its asymptote, and from there the steps only grow. The solution is above it by no more than
+// about 1.5*sum (q^2*t^2)/||q||^3: where thresholds are small against ||q|| that does not show in any w, and the search
+// is at its end where it begins.
 //
 // e is made again of what the step has left in a slot: t = bound/(sqrt(v)*root + floor).
 struct SliceMetric {
@@ -43,11 +44,13 @@ struct SliceMetric {
   REGFUSED_RULE explicit operator bool() const { return second_moment != nullptr; }
 };
 
-// What is summed up over a slice. At the beginning: q^2, q^2*t, and the largest t. Later: x^2 and x^2/(r + t).
+// What is summed up over a slice. At the beginning: q^2, q^2*t, q^2*t^2, and the largest t where q is not 0. Later: x^2
+// and x^2/(r + t).
 struct SliceSums {
-  static constexpr int kCount = 3;
+  static constexpr int kCount = 4;
   double squares = 0;
   double second = 0;
+  double third = 0;
   double largest = 0;
 };
 
@@ -119,12 +122,12 @@ REGFUSED_RULE constexpr T largest_number() {
 
 // How exact a search has to be, in the type of arithmetic.
 struct RadiusPrecision {
-  double change;     // after a relative change of r that is not above it the error, about its square, does not count
-  double threshold;  // where no t/r is above it r has not to be sought: an element's error is below its cube
+  double change;  // after a relative change of r that is not above it the error, about its square, does not count
+  double error;   // a relative error of w that does not count
 };
 template <class T>
 REGFUSED_RULE constexpr RadiusPrecision radius_precision() {
-  return sizeof(T) == 4 ? RadiusPrecision{1e-4, 2e-3} : RadiusPrecision{1e-8, 3e-6};
+  return sizeof(T) == 4 ? RadiusPrecision{1e-4, 1e-8} : RadiusPrecision{1e-8, 1e-17};
 }
 
 // From the sums at a radius to the next one.
@@ -134,7 +137,9 @@ REGFUSED_RULE SliceRadius next_radius(const SliceRadius& now, const SliceSums& s
     if (!(norm > 0 && norm <= largest_number<double>())) return {norm, false};  // 0 or infinite: as it is; NaN: NaN
     const double start = norm - sums.second / sums.squares;
     if (!(start > 0)) return {0, true};
-    return {start, sums.largest > precision.threshold * start};
+    // Of r, and what of it an element's w can show: its error is that of r times t/(r + t).
+    const double error = 1.5 * sums.third / (sums.squares * start * start);
+    return {start, !(error * sums.largest <= precision.error * (start + sums.largest))};
   }
   if (now.radius == 0 && sums.squares <= 1) return {0, false};
   const double step = sums.squares * (sqrt(sums.squares) - 1) / sums.second;
