@@ -4,6 +4,7 @@
 #   make test TORCH=torch==2.14.1 VENV=.venv-2.14   another torch, in an environment of its own
 
 VENV   ?= .venv
+CLIENTS_VENV ?= .venv-clients
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 DATA   ?=
@@ -25,12 +26,13 @@ export REGFUSED_BUILD ?= require
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) > 8 ? 8 : $(MAX_JOBS) < 2 ? 2 : $(MAX_JOBS))))
 
-.PHONY: help demo test test-all matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
+.PHONY: help demo test test-all test-clients matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build, and run the tests that need no compiler and no whole programs"
 	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers"
+	@echo "make test-clients   train with Lightning, accelerate, transformers, timm, peft and stable-baselines3"
 	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
 	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"
 	@echo "make aarch64  cross-compile the CPU kernels for 64-bit Arm and check them under qemu, which must be installed"
@@ -67,6 +69,20 @@ matrix: $(VENV)/installed
 # Needs torch and the tests, but nothing of the ordinary build: it compiles all of it under sanitizers.
 sanitize: $(VENV)/installed
 	$(BIN)/python -m tests.sanitizers
+
+# In an environment of their own, beside the same torch; the compiled part is the one of this checkout.
+test-clients: build $(CLIENTS_VENV)/installed
+	PYTHONPATH="$(CURDIR)" $(CLIENTS_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile tests/clients
+
+CLIENTS := tests/clients/requirements.txt tests/clients/requirements-without-torch.txt
+$(CLIENTS_VENV)/installed: $(CLIENTS) requirements-dev.txt
+	@echo "== set up $(CLIENTS_VENV): $(TORCH) and the libraries that drive an optimizer"
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)" \
+		-r requirements-dev.txt -r tests/clients/requirements.txt
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps \
+		-r tests/clients/requirements-without-torch.txt
+	@touch $@
 
 aarch64: $(VENV)/installed
 	$(BIN)/python -m tests.aarch64
@@ -146,4 +162,4 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf build regfused/*.so *.egg-info $(VENV) .nox $(OUT)
+	rm -rf build regfused/*.so *.egg-info $(VENV) $(CLIENTS_VENV) .nox $(OUT)

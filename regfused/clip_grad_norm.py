@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from regfused import extension, options, reference
+from regfused import extension, options, reference, sharded_clip
 from regfused.reference.clip_grad_norm import listed
 
 _FUSED_NORM_TYPES = (1.0, 2.0, math.inf)
@@ -47,11 +47,11 @@ def clip_grad_norm_(
         ValueError: for a ``max_norm`` or ``norm_type`` outside its range. (torch lets a negative one flip gradients.)
         RuntimeError: see ``error_if_nonfinite``.
 
-    Gradients that the kernels do not take (sparse, complex, not dense, of tensor subclasses, sharing memory) are
-    clipped by torch's own function, all of them together; so are all where a mode or a tracer (``make_fx``,
-    ``torch.jit.trace``, ``FakeTensorMode``) has to see what is done to them. Where one is a nested tensor, which torch
-    does not take, `regfused.reference` clips. (Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural
-    networks, 2013.)
+    Sharded gradients (DTensor) count with the parts of all ranks, and each rank has to ask. Gradients that the kernels
+    do not take (sparse, complex, not dense, of other subclasses, sharing memory) are clipped by torch's function, all
+    of them together; so are all where a mode or a tracer (``make_fx``, ``torch.jit.trace``, ``FakeTensorMode``) has
+    to see what is done to them. Where one is a nested tensor, which torch does not take, `regfused.reference` clips.
+    (Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2013.)
 
     Example::
 
@@ -70,6 +70,8 @@ def clip_grad_norm_(
         return reference.clip_grad_norm_(params, limit, norm_type, error_if_nonfinite)
     if norm_type in _FUSED_NORM_TYPES:
         norm: Tensor | None = extension.C.clip_grad_norm(params, norm_type, limit, error_if_nonfinite)
+        if norm is None:
+            norm = sharded_clip.clip_grad_norm(operation, params, norm_type, limit, error_if_nonfinite)
         if norm is not None:
             return norm
     if any(param.grad is not None and param.grad.is_nested for param in params):
@@ -95,6 +97,8 @@ def grad_norm(
     params = listed(parameters)
     if extension.C is not None and norm_type in _FUSED_NORM_TYPES and not torch.compiler.is_compiling():
         norm: Tensor | None = extension.C.clip_grad_norm(params, norm_type, None, error_if_nonfinite)
+        if norm is None:
+            norm = sharded_clip.clip_grad_norm("grad_norm", params, norm_type, None, error_if_nonfinite)
         if norm is not None:
             return norm
     return reference.grad_norm(params, norm_type, error_if_nonfinite)

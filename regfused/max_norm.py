@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regfused import extension
 from regfused.reference import max_norm as in_torch
+from regfused.shards import has_whole_slices, is_dtensor, part_of, shards_of
 
 
 @torch.no_grad()
@@ -54,6 +55,10 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
     """
     tensors, radius = in_torch.check(params, max_norm, dim)
     kernels = None if torch.compiler.is_compiling() else extension.C
+    sharded = [] if kernels is None else [t for t in tensors if is_dtensor(t) and _is_for_each_rank(t, dim)]
+    if sharded:
+        taken_apart = set(map(id, sharded))
+        tensors = [part_of(t) if id(t) in taken_apart else t for t in tensors]
     taken = [False] * len(tensors) if kernels is None else kernels.takes(tensors)
     fused = [tensor for tensor, takes in zip(tensors, taken, strict=True) if takes]
     if fused:
@@ -61,3 +66,9 @@ def constrain_max_norm_(params: Tensor | Iterable[Tensor], max_norm: float, dim:
     for tensor, takes in zip(tensors, taken, strict=True):
         if not takes:
             in_torch.constrain(tensor, radius, dim)
+    torch.autograd.graph.increment_version(sharded)
+
+
+def _is_for_each_rank(tensor: Tensor, dim: int | None) -> bool:
+    """Whether each slice of a sharded tensor is whole on a rank."""
+    return shards_of(tensor) is not None and has_whole_slices(tensor, dim)

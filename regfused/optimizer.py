@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from regfused import extension, options
+from regfused.norm_group import check_flat, has_flat
 from regfused.reference.optimizer import Regularized
 from regfused.reference.rule import Rule
 from regfused.reference.step import Update, collect, norm
@@ -41,6 +42,9 @@ class Fused(Regularized):
         plan = self.__dict__.get("_plan")
         if plan is None:
             plan = self._plan = self._last.counting = _new_plan(type(self).__name__, self._rule)
+            self._has_flat = has_flat(self.param_groups)
+        if self._has_flat:
+            check_flat(f"{type(self).__name__}.step", self.param_groups, self._norm_group)
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         sharded, norm_group = self.__dict__.get("_sharded"), self._norm_group
         if norm_group is not None:

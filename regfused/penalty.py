@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regfused import extension, options, reference
+from regfused.shards import Shards, over_all_ranks, shards_of
 
 
 def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -23,8 +24,9 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 
     Args:
         params: a tensor or an iterable of tensors, of any shapes and strides, on any devices; float32, float64,
-            bfloat16 and float16 in any mixture on the CPU or CUDA devices go to the kernels, others (nested ones by
-            their parts) to `regfused.reference`, and so does everything under ``torch.func``, ``torch.jit.trace`` and
+            bfloat16 and float16 in any mixture on the CPU or CUDA devices go to the kernels, and so do sharded ones
+            (DTensor) by their parts, each rank its own, with one sum over ranks. Others (nested ones by their parts) go
+            to `regfused.reference`, and so does everything under ``torch.func``, ``torch.jit.trace`` and
             ``torch.export``.
         l1: strength of ``sum|p|``, finite and >= 0. A number: it gets no gradient.
         l2: strength of ``sum(p^2)``, likewise.
@@ -57,10 +59,32 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
     if extension.C is None:
         return reference.penalty(tensors, l1=l1, l2=l2)
     value, leftovers = extension.C.penalty(tensors, float(l1), float(l2))
-    if leftovers or value is None:
-        rest = reference.penalty([tensors[i] for i in leftovers], l1=l1, l2=l2)
+    sharded = [tensors[i] for i in leftovers if shards_of(tensors[i]) is not None]
+    others = [tensors[i] for i in leftovers if shards_of(tensors[i]) is None]
+    if sharded:
+        part = _of_all_ranks(sharded, l1, l2)
+        value = part if value is None else _sum(value, part)
+    if others or value is None:
+        rest = reference.penalty(others, l1=l1, l2=l2)
         value = rest if value is None else _sum(value, rest)
     return value
+
+
+def _of_all_ranks(tensors: list[Tensor], l1: float, l2: float) -> Tensor:
+    """Of sharded tensors: each rank's part by the kernels, one sum over ranks for each way in which they are spread."""
+    by_shards: dict[Shards, list[Tensor]] = {}
+    for tensor in tensors:
+        shards = shards_of(tensor)
+        assert shards is not None
+        by_shards.setdefault(shards, []).append(tensor.to_local())  # type: ignore[attr-defined]
+    values = [
+        over_all_ranks(penalty(parts, l1=l1, l2=l2), shards if any(shards.sharded) else None)
+        for shards, parts in by_shards.items()
+    ]
+    whole = values[0]
+    for value in values[1:]:
+        whole = _sum(whole, value)
+    return whole
 
 
 def _while_compiling(tensors: list[Tensor], l1: float, l2: float) -> Tensor:

@@ -83,6 +83,12 @@ class SGD(Fused, reference.SGD):
         nonfinite: what happens when ``N`` is not finite: ``"propagate"`` it, as torch does; ``"skip"`` the step, which
             then leaves no trace but a count in `stats`; ``"error"``: RuntimeError before anything changed. The same in
             every group.
+        norm_group: a process group of ``torch.distributed``, or True for the default one: the norm and ``nonfinite``
+            are of all its processes together, each of which steps other parameters. For what autograd cannot see:
+            ZeroRedundancyOptimizer, FSDP1, pipeline and expert parallelism. Sharded parameters (DTensor) need none.
+            Every process has to take every step, with gradients or without: it is one collective operation. An error
+            in one is an error in all of them. ``stats.penalty`` and ``stats.zero_fraction`` stay those of the process.
+            Kept by the optimizer, not in its ``state_dict``.
         keep_zeros: elements of ``p`` that are 0 keep their bits, for training on after pruning: ``h`` and ``d`` are 0
             there, whatever the gradient, so the norm and the state are those of a model without them. Per group.
         nonnegative: what is below 0 after the step becomes 0: the projection. With ``l1``, ``l2``, ``group_l1`` the map

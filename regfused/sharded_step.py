@@ -15,9 +15,9 @@ from torch import Tensor
 
 from regfused.norm_group import NormGroup
 from regfused.reference.rule import Rule, is_on
-from regfused.shards import Shards, all_reduce_in_place, has_whole_slices, is_dtensor, like, part_of, shards_of
+from regfused.shards import Shards, has_whole_slices, is_dtensor, like, part_of, shards_of
 from regfused.stats import LastStep, Part, Record
-from regfused.verdict import Verdict, another_failed
+from regfused.verdict import Verdict, another_failed, over_ranks
 
 Group = dict[str, Any]
 
@@ -27,13 +27,13 @@ class _Member:
 
     __slots__ = ("entry", "grad", "own", "param", "part", "parts", "place", "slots", "spec")
 
-    def __init__(self, param: Tensor, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
+    def __init__(self, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
         self.param = param
         self.part = part  # the parameter itself where it is no DTensor
         self.spec = spec  # how it is spread; None where it is no DTensor
         self.parts = parts
         self.place = place  # which group, and where in it
-        self.grad: Tensor | None = None  # of this step; of a DTensor its part
+        self.grad: Any = None  # of this step; of a DTensor its part
         self.own: dict[str, Any] | None = None  # its state
         self.entry: dict[str, Any] = {}  # that of its part
         self.slots: list[tuple[str, Any]] = []  # what of `own` the entry is made of
@@ -83,6 +83,7 @@ class ShardedStep:
         self._norm_group = norm_group
         self._members: list[list[_Member]] = []  # by group
         self._parts: list[_Parts] = []
+        self._slices: list[Any] = []  # which the group lasso has, by group
 
     def step(
         self, param_groups: list[Group], state: Any, last: LastStep, grad_scale: Tensor | None, found_inf: Tensor | None
@@ -148,7 +149,7 @@ class ShardedStep:
 
     def _is_current(self, param_groups: list[Group], state: Any) -> bool:
         """Whether parameters and state are those that were collected; then the parts have their gradients."""
-        if len(self._members) != len(param_groups) or not self._parts:
+        if len(self._members) != len(param_groups) or self._slices != _slices_of(param_groups):
             return False
         for group, members in zip(param_groups, self._members, strict=True):
             params = group["params"]
@@ -173,9 +174,10 @@ class ShardedStep:
                     of_grad = getattr(grad, "_spec", None)
                     if of_grad is not spec and not _is_spread_as(of_grad, spec):
                         return False
-                    grad = grad._local_tensor
-                    member.part.grad = grad
-                    member.grad = grad
+                    local = grad._local_tensor
+                    if type(local) is not Tensor:
+                        local = part_of(grad)  # it may be under way
+                    member.grad = member.part.grad = local
         return True
 
     def _collect(self, param_groups: list[Group], state: Any) -> bool:
@@ -220,6 +222,7 @@ class ShardedStep:
         for parts in found.values():
             parts.fingerprint &= 0xFFFF
         self._parts = list(found.values())
+        self._slices = _slices_of(param_groups)
         return bool(known) or self._norm_group is not None
 
     def _among(self, found: dict[Shards | None, _Parts], shards: Shards | None, groups: int) -> _Parts:
@@ -254,19 +257,12 @@ class ShardedStep:
     # --- The norm ---------------------------------------------------------------------------------
 
     def _verdict(self, norm_type: float, needs_norm: bool, found_inf: Tensor | None) -> Verdict:
-        """That of all processes: one collective operation for each way in which parameters are spread.
-
-        Every process takes part in it, with or without gradients.
-        """
+        """That of all processes. Every process takes part in it, with or without gradients."""
         overflows = found_inf is not None and float(found_inf) != 0
         if not needs_norm and (self._norm_group is None or found_inf is None):
             return Verdict(overflows=overflows)
-        together = Verdict(overflows=overflows)
-        for parts in self._parts:
-            verdict = parts.verdict(norm_type) if needs_norm else Verdict()
-            if parts.shards is not None and needs_norm:
-                verdict = self._over_shards(verdict, norm_type, parts.shards)
-            together = together.joined(verdict, norm_type)
+        verdicts = {parts.shards: parts.verdict(norm_type) for parts in self._parts} if needs_norm else {}
+        together = over_ranks(verdicts, norm_type).joined(Verdict(overflows=overflows), norm_type)
         if self._norm_group is not None:
             together = self._norm_group.over_all(together, norm_type)
         if together.failed:
@@ -279,11 +275,6 @@ class ShardedStep:
             )
         return together
 
-    def _over_shards(self, verdict: Verdict, norm_type: float, shards: Shards) -> Verdict:
-        return verdict.over(
-            lambda values, is_max: all_reduce_in_place(values, shards, is_max), norm_type, shards.mesh.device_type
-        )
-
     def _tell_of_error(self, param_groups: list[Group], found_inf: Tensor | None) -> None:
         """The others wait for this process in a collective operation, in which they learn that there is no step."""
         first = param_groups[0]
@@ -295,12 +286,11 @@ class ShardedStep:
         if not needs_norm and (self._norm_group is None or found_inf is None):
             return
         verdict = Verdict(failed=True)
-        ways = dict.fromkeys(
-            shards_of(param) for group in param_groups for param in group["params"] if is_dtensor(param)
-        )
-        for shards in ways:
-            if needs_norm and shards is not None and any(shards.sharded):
-                self._over_shards(verdict, norm_type, shards)
+        if needs_norm:
+            # In the order of parameters, as the others have it.
+            ways = [shards_of(param) for group in param_groups for param in group["params"] if is_dtensor(param)]
+            split = dict.fromkeys(shards for shards in ways if shards is not None and any(shards.sharded))
+            over_ranks(dict.fromkeys(split, verdict), norm_type)
         if self._norm_group is not None:
             self._norm_group.over_all(verdict, norm_type)
 
@@ -349,6 +339,10 @@ class ShardedStep:
                 # A count of steps is the same on every rank.
                 own[name] = like(member.param, value) if name != "step" else value
         member.slots = [(name, own.get(name)) for name in ("step", *self._rule.slots)]
+
+
+def _slices_of(param_groups: list[Group]) -> list[Any]:
+    return [is_on(group["group_l1"]) and group["group_dim"] for group in param_groups]
 
 
 def _is_spread_as(a: Any, b: Any) -> bool:

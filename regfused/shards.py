@@ -48,7 +48,9 @@ def has_whole_slices(tensor: Any, dim: int | None) -> bool:
     Without ``dim`` the tensor is one slice.
     """
     split = [placement for placement in tensor.placements if not placement.is_replicate()]
-    return not split or (dim is not None and all(placement.is_shard(dim % tensor.dim()) for placement in split))
+    if not split or dim is None or not -tensor.dim() <= dim < tensor.dim():
+        return not split
+    return all(placement.is_shard(dim % tensor.dim()) for placement in split)
 
 
 def part_of(tensor: Any) -> Tensor:
@@ -73,6 +75,11 @@ def like(tensor: Any, part: Tensor) -> Tensor:
     return made
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, on every rank: a collective operation. Another tensor itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def type_of_dtensor() -> Any:
     return sys.modules["torch.distributed.tensor"].DTensor
 
@@ -86,20 +93,6 @@ def over_all_ranks(parts: Tensor, shards: Shards | None, reduce: str = "sum") ->
     module = sys.modules["torch.distributed.tensor"]
     placements = [module.Partial(reduce) if sharded else module.Replicate() for sharded in shards.sharded]
     return module.DTensor.from_local(parts, shards.mesh, placements, run_check=False).full_tensor()
-
-
-def all_reduce_in_place(values: Tensor, shards: Shards, is_max: bool) -> int:
-    """The sum (or maximum) over the ranks that have different parts, in place; how many these are.
-
-    One collective operation for each dimension of the mesh along which tensors are split.
-    """
-    operation = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
-    count = 1
-    for dim, is_sharded in enumerate(shards.sharded):
-        if is_sharded:
-            torch.distributed.all_reduce(values, operation, shards.mesh.get_group(dim))
-            count *= shards.mesh.size(dim)
-    return count
 
 
 def whole_sum(parts: Iterable[tuple[Tensor, Shards | None]]) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from regfused.computed import effective
+from regfused.shards import Shards, has_whole_slices, is_dtensor, part_of, shards_of, whole
+from regfused.verdict import all_reduce_rows
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def sparsity(
         TypeError: for something else than tensors.
         ValueError: for a group_dim that is not an int.
 
+    Of sharded tensors (DTensor) the counts are those of all ranks, and each rank has to ask.
+
     Example::
 
         >>> sparsity([torch.tensor([0.0, 1.0, -0.0, 2.0])]).fraction
@@ -104,14 +109,50 @@ def sparsity(
         items = [model_or_params]
     else:
         items = model_or_params
-    rows = []
+    rows: list[_Counts] = []
     for i, item in enumerate(items):
         name, tensor = item if isinstance(item, tuple) else (str(i), item)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"sparsity: expected tensors, but item {i} is a {type(tensor).__name__}")
-        counts = int((tensor == 0).sum()), tensor.numel(), *_groups(tensor, group_dim)
-        rows.append(ParameterSparsity(name, tuple(tensor.shape), *counts))
-    return Sparsity(tuple(rows))
+        shards = shards_of(tensor)
+        if shards is None or not has_whole_slices(tensor, group_dim):
+            tensor, shards = whole(tensor), None
+        found = _Counts(name, tensor, part_of(tensor) if is_dtensor(tensor) else tensor, shards)
+        rows.append(found)
+    counts = _of_all_ranks([(row.shards, _counted(row.part, group_dim)) for row in rows])
+    return Sparsity(
+        tuple(
+            ParameterSparsity(row.name, tuple(row.tensor.shape), zeros, row.tensor.numel(), zero_groups, groups)
+            for row, (zeros, zero_groups, groups) in zip(rows, counts, strict=True)
+        )
+    )
+
+
+class _Counts(NamedTuple):
+    """A tensor, what of it is counted here, and how that is spread over ranks."""
+
+    name: str
+    tensor: Tensor
+    part: Tensor
+    shards: Shards | None
+
+
+def _counted(tensor: Tensor, dim: int) -> tuple[int, int, int]:
+    """Zeros, zero groups and groups."""
+    return int((tensor == 0).sum()), *_groups(tensor, dim)
+
+
+def _of_all_ranks(counts: list[tuple[Shards | None, tuple[int, int, int]]]) -> list[tuple[int, ...]]:
+    """The counts of all ranks together."""
+    everywhere: list[tuple[int, ...]] = [here for _, here in counts]
+    split = [(i, shards) for i, (shards, _) in enumerate(counts) if shards is not None and any(shards.sharded)]
+    for mesh in dict.fromkeys(shards.mesh for _, shards in split):
+        of_mesh = [(i, shards) for i, shards in split if shards.mesh == mesh]
+        rows = [[float(count) for count in counts[i][1]] for i, _ in of_mesh]
+        all_reduce_rows(rows, [shards for _, shards in of_mesh], mesh, is_max=False)
+        for (i, _), row in zip(of_mesh, rows, strict=True):
+            everywhere[i] = tuple(int(count) for count in row)
+    return everywhere
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -25,8 +25,8 @@ def clip_grad_norm_(
     norm_type = options.check_norm_type(operation, norm_type)
     limit = options.check_max_norm(operation, max_norm)
     grads = _grads(listed(parameters))
-    norm = _norm(grads, norm_type)
-    _check_finite(operation, norm, norm_type, error_if_nonfinite)
+    norm = norm_of(grads, norm_type)
+    check_finite(operation, norm, norm_type, error_if_nonfinite)
     clip_coef = torch.clamp(limit / (norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(clip_coef.to(grad.device))
@@ -40,8 +40,8 @@ def grad_norm(
     """The twin of `regfused.grad_norm`."""
     norm_type = options.check_norm_type("grad_norm", norm_type)
     grads = _grads(listed(parameters))
-    norm = _norm(grads, norm_type)
-    _check_finite("grad_norm", norm, norm_type, error_if_nonfinite)
+    norm = norm_of(grads, norm_type)
+    check_finite("grad_norm", norm, norm_type, error_if_nonfinite)
     return _as_torch_returns_it(norm, grads)
 
 
@@ -67,7 +67,7 @@ def _without_nesting(grads: list[Tensor]) -> list[Tensor]:
     return [part for grad in grads for part in (grad.unbind() if grad.is_nested else (grad,))]
 
 
-def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
+def norm_of(grads: list[Tensor], norm_type: float) -> Tensor:
     """0-dim float64, on the device of the first gradient."""
     norms = []
     for grad in _without_nesting(grads):
@@ -81,7 +81,7 @@ def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
-def _check_finite(operation: str, norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+def check_finite(operation: str, norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"{operation}: error_if_nonfinite=True demands a finite norm of the gradients, but it is {norm.item()} "

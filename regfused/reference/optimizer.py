@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from regfused import checkpoint, options
-from regfused.norm_group import NormGroup
+from regfused import checkpoint, options, step_count
+from regfused.norm_group import check_flat, has_flat, norm_group_of
 from regfused.reference.rule import Rule
 from regfused.reference.step import Entry, Update, clip_coefficient, collect, needs_norm, norm, update_in_turn
 from regfused.stats import LastStep, Stats
-from regfused.tracing import values_are_known
+from regfused.tracing import value_is_known, values_are_known
 from regfused.verdict import Verdict
 
 
@@ -30,7 +30,7 @@ class Regularized(torch.optim.Optimizer):
     def _construct(self, params: ParamsT, defaults: dict[str, Any], norm_group: Any) -> None:
         """Not torch's constructor of the class: its defaults would lack ours."""
         options.check_construction(type(self).__name__, defaults, self._rule)
-        self._norm_group = check_norm_group(type(self).__name__, norm_group, defaults)
+        self._norm_group = norm_group_of(type(self).__name__, norm_group, defaults)
         self._last = LastStep()
         torch.optim.Optimizer.__init__(self, params, defaults)
 
@@ -62,6 +62,7 @@ class Regularized(torch.optim.Optimizer):
             options.check_groups(operation, [*self.param_groups, complete], self._rule)
             options.check_params(operation, [params] if isinstance(params, Tensor) else params)
             options.warn_of_misspelt(operation, param_group, self._rule)
+            check_flat(operation, [complete], self._norm_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,8 +161,42 @@ class Regularized(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if not self.state and self._only_makes_state():
+            self._make_state()
+        else:
+            self._step()
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether somebody steps to have a state, as torch.distributed.checkpoint does before it saves or loads one.
+
+        That is a first step with learning rates of zero and gradients of zero. It would not change a parameter, but
+        leave penalties in the slots, and be counted.
+        """
+        options.list_params(self.param_groups)
+        if any(isinstance(group["lr"], Tensor) and not value_is_known(group["lr"]) for group in self.param_groups):
+            return False
+        if any(options.value_of(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        dense = (grad for grad in grads if grad.layout == torch.strided and not grad.is_nested)
+        return values_are_known(grads) and len(grads) == sum(1 for grad in dense if not grad.any())
+
+    @torch.no_grad()
+    def _make_state(self) -> None:
+        operation = f"{type(self).__name__}.step"
+        options.check_groups(operation, self.param_groups, self._rule)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                made: dict[str, Any] = {}
+                if self._rule.counts_steps:
+                    made["step"] = step_count.as_tensor(0.0, param, group)
+                for name in self._rule.slots_of(options.as_it_counts(group, self._rule)):
+                    made[name] = torch.zeros_like(param, requires_grad=False)
+                if made:
+                    self.state[param] = made
 
     @torch.compiler.disable
     def _step(self) -> None:
@@ -180,6 +215,8 @@ class Regularized(torch.optim.Optimizer):
 
         def measured() -> tuple[list[Entry], Tensor | None]:
             options.check_groups(operation, self.param_groups, self._rule)
+            if has_flat(self.param_groups):
+                check_flat(operation, self.param_groups, self._norm_group)
             options.check_state(operation, self.param_groups, self.state, self._rule)
             scale = grad_scale
             if scale is not None:
@@ -265,17 +302,6 @@ class Regularized(torch.optim.Optimizer):
         self._last.by_reference(replace(record, grad_norm=grad_norm))
         if happens is not None:
             self._last.skipped = self._last.skipped + (~happens).to(torch.float64)
-
-
-def check_norm_group(operation: str, group: Any, defaults: dict[str, Any]) -> NormGroup | None:
-    if group is None or group is False:
-        return None
-    if defaults["differentiable"]:
-        raise ValueError(
-            f"{operation}: differentiable=True demands norm_group=None, for autograd does not see other processes, "
-            f"but got norm_group={group!r}"
-        )
-    return NormGroup(operation, group)
 
 
 def _nonfinite(operation: str, norm: float | str) -> str:
