@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regfused import extension, options, reference
-from regfused.shards import Shards, over_all_ranks, shards_of
+from regfused.reference.penalty import of_all_ranks
+from regfused.shards import shards_of
 
 
 def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -62,29 +63,12 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
     sharded = [tensors[i] for i in leftovers if shards_of(tensors[i]) is not None]
     others = [tensors[i] for i in leftovers if shards_of(tensors[i]) is None]
     if sharded:
-        part = _of_all_ranks(sharded, l1, l2)
+        part = of_all_ranks(sharded, lambda parts: penalty(parts, l1=l1, l2=l2))
         value = part if value is None else _sum(value, part)
     if others or value is None:
         rest = reference.penalty(others, l1=l1, l2=l2)
         value = rest if value is None else _sum(value, rest)
     return value
-
-
-def _of_all_ranks(tensors: list[Tensor], l1: float, l2: float) -> Tensor:
-    """Of sharded tensors: each rank's part by the kernels, one sum over ranks for each way in which they are spread."""
-    by_shards: dict[Shards, list[Tensor]] = {}
-    for tensor in tensors:
-        shards = shards_of(tensor)
-        assert shards is not None
-        by_shards.setdefault(shards, []).append(tensor.to_local())  # type: ignore[attr-defined]
-    values = [
-        over_all_ranks(penalty(parts, l1=l1, l2=l2), shards if any(shards.sharded) else None)
-        for shards, parts in by_shards.items()
-    ]
-    whole = values[0]
-    for value in values[1:]:
-        whole = _sum(whole, value)
-    return whole
 
 
 def _while_compiling(tensors: list[Tensor], l1: float, l2: float) -> Tensor:

@@ -50,15 +50,14 @@ def clip_grad_norm(
 
 
 def _norm_here(grads: list[Tensor], norm_type: float) -> float:
-    """Of what this rank has, by the kernels, which read the gradients of tensors and round as these are."""
-    if any(grad.dtype in (torch.float16, torch.bfloat16) for grad in grads):
-        return float(norm_of(grads, norm_type))
-    assert extension.C is not None
-    holders = []
-    for grad in grads:
-        holder = grad.detach()
-        holder.grad = grad
-        holders.append(holder)
-    norm: Tensor | None = extension.C.clip_grad_norm(holders, norm_type, None, False)
-    assert norm is not None
-    return float(norm)
+    """Of what this rank has, by the kernels where they take it; they round as the tensors are."""
+    norm: Tensor | None = None
+    if not any(grad.dtype in (torch.float16, torch.bfloat16) for grad in grads):
+        holders = []
+        for grad in grads:
+            holder = grad.detach()
+            holder.grad = grad
+            holders.append(holder)
+        assert extension.C is not None
+        norm = extension.C.clip_grad_norm(holders, norm_type, None, False)
+    return float(norm_of(grads, norm_type) if norm is None else norm)

@@ -80,6 +80,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def spread_as(tensor: Any, other: Any) -> Any:
+    """Another DTensor of the same mesh, spread as this one."""
+    return other if other.placements == tensor.placements else other.redistribute(tensor.device_mesh, tensor.placements)
+
+
 def type_of_dtensor() -> Any:
     return sys.modules["torch.distributed.tensor"].DTensor
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regfused import options
 from regfused.reference.slices import slice_norms
+from regfused.shards import is_dtensor, spread_as
 
 OPERATION = "constrain_max_norm_"
 
@@ -89,4 +90,6 @@ def constrain(tensor: Tensor, radius: float, dim: int | None) -> None:
     norms = slice_norms(tensor, dim)
     arithmetic = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     scaled = arithmetic * (radius / norms).to(arithmetic.real.dtype)
-    tensor.copy_(torch.where(norms > radius, scaled, arithmetic))
+    constrained = torch.where(norms > radius, scaled, arithmetic)
+    # torch spreads a result in other ways than what it was made of.
+    tensor.copy_(spread_as(tensor, constrained) if is_dtensor(tensor) else constrained)

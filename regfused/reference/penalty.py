@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from regfused import options
+from regfused.shards import Shards, over_all_ranks, shards_of
 
 
 def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -17,7 +18,10 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
     options.check_strength("penalty", "l2", l2, as_number=options.constant)
     options.check_floating("penalty", tensors)
     tensors = [part for tensor in tensors for part in (tensor.unbind() if tensor.is_nested else (tensor,))]
-    terms = [_term(tensor, l1, l2) for tensor in tensors]
+    sharded = [tensor for tensor in tensors if shards_of(tensor) is not None]
+    terms = [_term(tensor, l1, l2) for tensor in tensors if shards_of(tensor) is None]
+    if sharded:
+        terms.append(of_all_ranks(sharded, lambda parts: penalty(parts, l1=l1, l2=l2)))
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     dtype = torch.float64 if wide else torch.float32
     if not terms:
@@ -27,6 +31,20 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
     for term in terms[1:]:
         total = total + term.to(home)
     return total.to(dtype)
+
+
+def of_all_ranks(tensors: list[Tensor], of_parts: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Of sharded tensors, from what ``of_parts`` makes of each rank's parts: a sum over ranks for each way of spreading."""
+    by_shards: dict[Shards, list[Tensor]] = {}
+    for tensor in tensors:
+        shards = shards_of(tensor)
+        assert shards is not None
+        by_shards.setdefault(shards, []).append(tensor.to_local())  # type: ignore[attr-defined]
+    values = [over_all_ranks(of_parts(parts), shards) for shards, parts in by_shards.items()]
+    whole = values[0]
+    for value in values[1:]:
+        whole = whole + value.to(whole.device)
+    return whole
 
 
 def _term(tensor: Tensor, l1: float, l2: float) -> Tensor:
