@@ -25,12 +25,13 @@ Group = dict[str, Any]
 class _Member:
     """A parameter, what this process has of it, and their state."""
 
-    __slots__ = ("entry", "grad", "own", "param", "part", "parts", "place", "slots", "spec")
+    __slots__ = ("entry", "grad", "own", "param", "part", "parts", "place", "slots", "spec", "spec_of_grad")
 
     def __init__(self, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
         self.param = param
         self.part = part  # the parameter itself where it is no DTensor
         self.spec = spec  # how it is spread; None where it is no DTensor
+        self.spec_of_grad = spec  # one that was found to be equal
         self.parts = parts
         self.place = place  # which group, and where in it
         self.grad: Any = None  # of this step; of a DTensor its part
@@ -172,8 +173,10 @@ class ShardedStep:
                             return False
                 if grad is not None:
                     of_grad = getattr(grad, "_spec", None)
-                    if of_grad is not spec and not _is_spread_as(of_grad, spec):
-                        return False
+                    if of_grad is not member.spec_of_grad:
+                        if not _is_spread_as(of_grad, spec):
+                            return False
+                        member.spec_of_grad = of_grad
                     local = grad._local_tensor
                     if type(local) is not Tensor:
                         local = part_of(grad)  # it may be under way

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def run(recipe: Recipe, who: str, epochs: int = 2, save=None, load=None, **options):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, **options)
     model = network()
     loader = DataLoader(TensorDataset(*rows()), batch_size=16)
