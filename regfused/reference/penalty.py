@@ -34,7 +34,7 @@ def penalty(params: Tensor | Iterable[Tensor], *, l1: float = 0.0, l2: float = 0
 
 
 def of_all_ranks(tensors: list[Tensor], of_parts: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """Of sharded tensors, from what ``of_parts`` makes of a rank's parts: a sum over ranks for each way of spreading."""
+    """Of sharded tensors, from what ``of_parts`` makes of a rank's parts: a sum over ranks per way of spreading."""
     by_shards: dict[Shards, list[Tensor]] = {}
     for tensor in tensors:
         shards = shards_of(tensor)
