@@ -41,11 +41,11 @@ class Fused(Regularized):
             return super()._step()
         plan = self.__dict__.get("_plan")
         if plan is None:
-            plan = self._plan = self._last.counting = _new_plan(type(self).__name__, self._rule)
-            self._has_flat = has_flat(self.param_groups)
             options.list_params(self.param_groups)
+            self._has_flat = has_flat(self.param_groups)
             if any(is_dtensor(param) for group in self.param_groups for param in group["params"]):
                 self._sharded = self._new_sharded()
+            plan = self._plan = self._last.counting = _new_plan(type(self).__name__, self._rule)
         if self._has_flat:
             check_flat(f"{type(self).__name__}.step", self.param_groups, self._norm_group)
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")

@@ -63,7 +63,22 @@ def is_about_the_reference(item):
     return item.get_closest_marker("reference") is not None or of_the_reference or "_twin_" in item.name
 
 
+# What make test leaves to make test-all beside the tests that say so themselves: the reference is the same in the contract
+# as in tests of its formulas, and slow where each of its lines is interrupted.
+LONG = (
+    ("test_step_contract", "_twin_"),
+    ("test_interrupt_before_any_line[", "reference"),
+    ("test_ten_thousand_steps_do_not_grow[", "reference"),
+    ("test_ten_thousand_steps_do_not_grow[", "leftovers"),
+    ("test_another_number_of_ranks[", "4]"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if any(all(part in item.nodeid for part in parts) for parts in LONG):
+            item.add_marker(pytest.mark.long)
     if OTHER_EXTENSION:
         other = [item for item in items if is_about_the_reference(item)]
         config.hook.pytest_deselected(items=other)

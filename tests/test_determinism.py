@@ -118,6 +118,7 @@ def test_different_work_has_different_fingerprints(one_thread):
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_processes_and_omp_num_threads(one_thread):
     """Other processes have other addresses, other pools of threads and other hash seeds."""
     code = "import json, test_determinism as t; print(json.dumps([t.torch.get_num_threads(), t.fingerprints()]))"

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("stable_baselines3", reason="pip install -r examples/requirements-ppo.txt")
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -72,6 +72,7 @@ def test_a_constant_unit_moves_into_the_bias_after_it():
     torch.testing.assert_close(smaller(x), model(x), rtol=0, atol=1e-14)
 
 
+@pytest.mark.long
 def test_runs():
     done = run("prune.py", "--epochs", "2", "--group-l1", "0.3")
     assert "Largest difference of an output" in done and "without zero rows" in done

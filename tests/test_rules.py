@@ -48,9 +48,9 @@ def test_constructors(cls):
     assert {name: ours[name].default for name in theirs} == {name: p.default for name, p in theirs.items()}
     positional = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
-    # Every option, and nothing else; AdamW decides about its decay by itself.
+    # Every option, and nothing else; AdamW decides about its decay by itself. The norm group is the optimizer's.
     fixed = {"decoupled_weight_decay"} if cls is regfused.AdamW else set()
-    assert set(ours) - {"params"} == set(options.names_of(cls._rule)) - fixed
+    assert set(ours) - {"params", "norm_group"} == set(options.names_of(cls._rule)) - fixed
     assert cls([torch.nn.Parameter(torch.ones(1))]).param_groups[0].keys() - {"params"} == set(
         options.names_of(cls._rule)
     )

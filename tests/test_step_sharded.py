@@ -75,7 +75,7 @@ def placements_of(kind: str) -> list:
 KINDS = ("sharded", "replicated", "mixed", "with plain tensors")
 # Of four ranks, two by two.
 KINDS_OF_FOUR = ("hybrid", "in both dimensions")
-CASES_OF_FOUR = ("elastic net and clip", "clip, norm inf", "skip", "Adam, elastic net and clip", "Adam, group lasso")
+CASES_OF_FOUR = ("elastic net and clip", "clip, norm inf", "Adam, group lasso")
 
 
 def on_mesh(tensors, kind, mesh) -> list[torch.Tensor]:
