@@ -63,8 +63,8 @@ def is_about_the_reference(item):
     return item.get_closest_marker("reference") is not None or of_the_reference or "_twin_" in item.name
 
 
-# What make test leaves to make test-all beside the tests that say so themselves: the reference is the same in the contract
-# as in tests of its formulas, and slow where each of its lines is interrupted.
+# What make test leaves to make test-all, beside the tests that say so themselves: the contract of the reference, whose
+# formulas have tests of their own, and interrupts of each of its lines.
 LONG = (
     ("test_step_contract", "_twin_"),
     ("test_interrupt_before_any_line[", "reference"),
