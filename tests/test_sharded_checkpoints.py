@@ -114,6 +114,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_a_first_step_with_gradients_counts_even_where_the_rate_is_zero():
+    """As where a schedule begins at 0: only gradients of zero say that nobody trains."""
+    for name in OPTIMIZERS:
+        param = nn.Parameter(torch.ones(3))
+        optimizer = make(name, [param])
+        optimizer.param_groups[0]["lr"] = 0.0
+        param.grad = torch.tensor([0.0, 1.0, 0.0])
+        optimizer.step()
+        slot = "momentum_buffer" if name == "SGD" else "exp_avg"
+        assert optimizer.state[param][slot].any() and optimizer.state[param].get("step", 1) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("world", (1, 4))
 def test_another_number_of_ranks(folder, tmp_path, world):

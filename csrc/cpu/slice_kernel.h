@@ -313,7 +313,7 @@ void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radiu
   MetricRows<S>(tensor, begin, n)
       .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
         const V threshold = thresholds ? load(thresholds + i) : threshold_of(load(v));
-        store(q, slice_shrunk(load(q), threshold, r));
+        store(q, slice_shrunk<T>(load(q), threshold, r));
       });
 }
 
@@ -419,9 +419,9 @@ REGFUSED_RULE void for_each_in_metric(const SliceTensor& tensor, const SliceTile
     const int64_t begin = tile.begin + r * tile.stride, rest = tile.numel - begin;
     if (rest <= 0) break;
     MetricRows<S>(tensor, begin, rest < tile.columns ? rest : tile.columns)
-        .template for_each<kWrites>(
-            [&](auto, auto* q, const S* v, int64_t i) __attribute__((always_inline)) { f(q, v, i); },
-            [](int64_t) __attribute__((always_inline)) {}, wanted);
+        .template for_each<kWrites>([&](auto, auto* q, const S* v, int64_t i)
+                                        __attribute__((always_inline)) { f(q, v, i); },
+                                    [](int64_t) __attribute__((always_inline)) {}, wanted);
   }
 }
 
@@ -491,7 +491,7 @@ REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& ti
       tensor, tile,
       [&](S* q, const S* v, int64_t i) __attribute__((always_inline)) {
         const V of_q = load(q), radius = load(to.radii.at + i);
-        const V shrunk = slice_shrunk(of_q, threshold_of(load(v)), radius);
+        const V shrunk = slice_shrunk<T>(of_q, threshold_of(load(v)), radius);
         store(q, radius > largest_number<T>() ? of_q : shrunk);
       },
       [](int64_t) __attribute__((always_inline)) { return true; });
@@ -543,7 +543,8 @@ void sum_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadiu
   bool open = false;
   for (int32_t run = 0; run < runs; ++run) open |= radius_of(run).open;
   if (!open) return;
-  sum_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)), sums, plane);
+  sum_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)), sums,
+                 plane);
 }
 
 template <class S>

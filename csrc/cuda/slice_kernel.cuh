@@ -366,7 +366,7 @@ __device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, 
   for_each_of_lane(of, segment, [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      narrow(slice_shrunk(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
+      narrow(slice_shrunk<T>(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
     of_q.store(to);
   });
 }
@@ -475,7 +475,7 @@ __device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int
 #pragma unroll
       for (int j = 0; j < N; ++j)
         if (!(radius[j] > largest_number<T>()))
-          narrow(slice_shrunk(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
+          narrow(slice_shrunk<T>(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
       store_some(of_q, to, left);
     });
   });

@@ -31,9 +31,9 @@ enum class SliceRule : uint8_t {
 //
 // Newton's method on f(r) = 1/sqrt(sum x^2) - 1, which is concave and nearly linear. Where r is large, f is its
 // asymptote (r + sum (q^2*t)/||q||^2)/||q|| - 1: the search begins at the zero of that, which is not above the
-// solution, as f is not above its asymptote, and from there the steps only grow. The solution is above it by no more than
-// about 1.5*sum (q^2*t^2)/||q||^3: where thresholds are small against ||q|| that does not show in any w, and the search
-// is at its end where it begins.
+// solution, as f is not above its asymptote, and from there the steps only grow. The solution is above it by no more
+// than about 1.5*sum (q^2*t^2)/||q||^3: where thresholds are small against ||q|| that does not show in any w, and the
+// search is at its end where it begins.
 //
 // e is made again of what the step has left in a slot: t = bound/(sqrt(v)*root + floor).
 struct SliceMetric {
@@ -86,7 +86,7 @@ REGFUSED_RULE double slice_factor(SliceRule rule, double bound, double norm) {
 }
 
 // t of an element from its second moment. None is so small or so large that products of it overflow: an element whose
-// second moment has become infinite does not move anyway.
+// second moment has become infinite does not move anyway, and of one with kLargest nothing is left.
 template <class T>
 struct SliceThreshold {
   static constexpr T kLargest = T(sizeof(T) == 4 ? 1e18 : 1e100);
@@ -109,10 +109,11 @@ REGFUSED_RULE V slice_slope(V threshold, R radius) {
   return T(1) / (radius + threshold);
 }
 
-// q -> w of one element. An infinite radius leaves the slice as it is.
-template <class V, class R>
+// q -> w of one element. An infinite radius leaves the slice as it is. A threshold that was infinite leaves nothing.
+template <class T, class V, class R>
 REGFUSED_RULE V slice_shrunk(V q, V threshold, R radius) {
-  return q * (radius / (radius + threshold));
+  const V infinite = splat<V>(T(HUGE_VAL)), sum = radius + threshold;
+  return q * (radius / (threshold < SliceThreshold<T>::kLargest ? sum : infinite));
 }
 
 template <class T>

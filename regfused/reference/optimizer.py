@@ -161,7 +161,7 @@ class Regularized(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and self._only_makes_state():
+        if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
             self._make_state()
         else:
             self._step()
@@ -173,11 +173,14 @@ class Regularized(torch.optim.Optimizer):
         That is a first step with learning rates of zero and gradients of zero. It would not change a parameter, but
         leave penalties in the slots, and be counted.
         """
+        for group in self.param_groups:
+            lr = group["lr"]
+            # The value of a tensor on a device would have to be waited for.
+            if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1 or not value_is_known(lr)):
+                return False
+            if options.value_of(lr) != 0:
+                return False
         options.list_params(self.param_groups)
-        if any(isinstance(group["lr"], Tensor) and not value_is_known(group["lr"]) for group in self.param_groups):
-            return False
-        if any(options.value_of(group["lr"]) != 0 for group in self.param_groups):
-            return False
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         dense = (grad for grad in grads if grad.layout == torch.strided and not grad.is_nested)
         return values_are_known(grads) and len(grads) == sum(1 for grad in dense if not grad.any())
