@@ -45,9 +45,9 @@ class Adam(Fused, reference.Adam):
         weight_decay: >= 0; see ``decoupled_weight_decay``.
         amsgrad: the largest second moment so far in place of the last (Reddi, Kale, Kumar, On the convergence of Adam
             and beyond, 2018).
-        l1, l2, concavity, proximal, max_norm, norm_type, penalty_in_clip, nonfinite, norm_group, keep_zeros,
-            nonnegative: see
+        l1, l2, concavity, proximal, max_norm, norm_type, penalty_in_clip, nonfinite, keep_zeros, nonnegative: see
             `regfused.SGD`.
+        norm_group: see `regfused.SGD`.
         group_l1, group_dim: see `regfused.SGD`. The map of a slice has no closed form where its elements have steps of
             different lengths: a few Newton steps find its norm.
         decoupled_proximal: the maps take ``lr`` for the length of each element's step, as AdamW's decay does.
