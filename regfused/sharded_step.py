@@ -58,9 +58,9 @@ class _Parts:
             own["params"] = params
             own.pop("param_names", None)
 
-    def verdict(self, norm_type: float, **others: Any) -> Verdict:
+    def verdict(self, norm_type: float) -> Verdict:
         norm = self.plan.norm() if self.plan.tensors else 0.0
-        return Verdict.of(norm, norm_type, fingerprint=self.fingerprint, **others)
+        return Verdict.of(norm, norm_type, fingerprint=self.fingerprint)
 
 
 class ShardedStep:
@@ -345,7 +345,7 @@ class ShardedStep:
 
 
 def _slices_of(param_groups: list[Group]) -> list[Any]:
-    return [is_on(group["group_l1"]) and group["group_dim"] for group in param_groups]
+    return [(is_on(group["group_l1"]), group["group_dim"]) for group in param_groups]
 
 
 def _is_spread_as(a: Any, b: Any) -> bool:

@@ -29,7 +29,10 @@ class Verdict:
     @classmethod
     def of(cls, norm: float, norm_type: float, **others: Any) -> Verdict:
         is_nan = math.isnan(norm)
-        size = norm if math.isinf(norm_type) or norm == 0 else norm**norm_type
+        try:
+            size = norm if math.isinf(norm_type) or norm == 0 else norm**norm_type
+        except OverflowError:  # the other processes wait for an answer
+            size = math.inf
         return cls(0.0 if is_nan else size, is_nan, **others)
 
     def norm(self, norm_type: float) -> float:

@@ -184,6 +184,32 @@ def test_sparsity(of_ranks, kind, dim):
         assert rank[kind, "sparsity", dim] == want
 
 
+# --- Options that change between steps ---------------------------------------------------------------
+
+
+def group_lasso_later(rank: int) -> list[torch.Tensor]:
+    """Its rows are spread over ranks, so the kernels, which took the first step, cannot take the second one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    params = params_of("by columns", init_device_mesh("cpu", (WORLD,)))
+    optimizer = regfused.SGD(params, lr=0.1)
+    optimizer.step()
+    optimizer.param_groups[0]["group_l1"] = 5.0
+    optimizer.step()
+    return [whole(p) for p in params]
+
+
+def test_group_lasso_later(tmp_path):
+    params = unsharded()
+    optimizer = reference.SGD(params, lr=0.1)
+    optimizer.step()
+    optimizer.param_groups[0]["group_l1"] = 5.0
+    optimizer.step()
+    for rank in on_ranks(group_lasso_later, WORLD, tmp_path):
+        for got, p in zip(rank, params, strict=True):
+            torch.testing.assert_close(got.double(), p.detach(), rtol=0, atol=1e-5)
+
+
 # --- AMP, and ranks that do not agree ----------------------------------------------------------------
 
 
