@@ -158,8 +158,6 @@ def extension_module() -> CppExtension:
         "-Wall",
         "-Wextra",
         "-Wno-unused-parameter",  # in headers of torch
-        "-Wno-unknown-warning-option",  # clang, of the next one
-        "-Wno-maybe-uninitialized",  # in the AVX-512 header of g++ 12
         "-Wno-psabi",  # vectors never cross a function that is not inlined
         # The same bits on every instruction set: no contraction of a*b + c. NaN, infinities and signed zeros
         # stay; only errno and floating-point traps, which nothing reads, are given up.

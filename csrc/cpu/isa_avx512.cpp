@@ -4,7 +4,14 @@
 // the one copy that the linker keeps. Everything after the pragma lives in a namespace of its own.
 #if defined(__x86_64__)
 
+// g++ 12 warns of the undefined registers in its own header, wherever they are inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cmath>
 #include <cstdint>
