@@ -5,7 +5,8 @@
 
 TORCH_LIBRARY(regfused, m) {
   for (int rule = 0; rule < regfused::kRules; ++rule)
-    m.def(regfused::step_schema(static_cast<regfused::RuleId>(rule)).c_str());
+    for (bool has_groups : {false, true})
+      m.def(regfused::step_schema(static_cast<regfused::RuleId>(rule), has_groups).c_str());
   m.def("penalty(Tensor[] params, float l1, float l2) -> Tensor");
   m.def("penalty_backward(Tensor grad, Tensor[] params, float l1, float l2) -> Tensor[]");
   // The mask follows the memory of the input: a compiled graph must not give it another layout.

@@ -7,7 +7,7 @@
 
 namespace regfused {
 
-// The schema of a rule's operator, made of the tables of options and slots.
-std::string step_schema(RuleId rule);
+// The schema of a rule's operator, or of its overload for several groups, made of the tables of options and slots.
+std::string step_schema(RuleId rule, bool has_groups);
 
 }  // namespace regfused

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from regfused import extension, options
+from regfused import extension, options, step_in_graph
 from regfused.norm_group import check_flat, has_flat
 from regfused.reference.optimizer import Regularized
 from regfused.reference.rule import Rule
@@ -35,7 +35,7 @@ class Fused(Regularized):
 
     def _step(self) -> None:
         if torch.compiler.is_compiling():
-            return _step_outside_of_the_graph(self)
+            return self._step_while_compiling()
         # What kernels write, no mode, tracer or transform sees.
         if extension.C is None or extension.C.is_watched():
             return super()._step()
@@ -75,6 +75,21 @@ class Fused(Regularized):
             finally:
                 plan.release()
 
+    def _step_while_compiling(self) -> None:
+        """The plan, as in eager mode, behind a break of the graph; where there must be none, one operator."""
+        if not step_in_graph.is_demanded():
+            return _step_outside_of_the_graph(self)
+        problem = step_in_graph.why_not(self.param_groups, self.state, self._rule)
+        if self._norm_group is not None:
+            problem = "norm_group takes part in it"
+        if "grad_scale" in self.__dict__ or "found_inf" in self.__dict__:
+            problem = "torch.amp.GradScaler takes part in it"
+        if problem:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: torch.compile cannot have this step in one graph: {problem}"
+            )
+        step_in_graph.step(self.param_groups, self.state, self._rule, self._last)
+
     def _new_sharded(self) -> ShardedStep:
         name, rule = type(self).__name__, self._rule
         return ShardedStep(lambda: _new_plan(name, rule), rule, f"{name}.step", self._norm_group)
@@ -111,7 +126,6 @@ def _new_plan(name: str, rule: Rule) -> Any:
 
 @torch.compiler.disable
 def _step_outside_of_the_graph(optimizer: Fused) -> None:
-    """A graph break: in a compiled training step the plan runs as in eager mode."""
     optimizer._step()
 
 

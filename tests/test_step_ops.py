@@ -123,6 +123,94 @@ def test_opcheck(name):
     )
 
 
+def _sample_of_groups(name):
+    """Two groups, of which only the second one has slots that an option asks for."""
+    _rule, _ = RULES[name]
+    arguments, options = _sample(name)
+    operator = operator_of(name).groups
+    off = {"momentum": 0.0, "nesterov": False, "amsgrad": False}
+    if name == "SGD":
+        arguments |= {"momentum_buffers": arguments["momentum_buffers"][1:], "first": [False]}
+    else:
+        arguments["max_exp_avg_sqs"] = arguments["max_exp_avg_sqs"][1:]
+    single = {argument.name: argument for argument in operator_of(name).default._schema.arguments}
+    lists = {}
+    for argument in operator._schema.arguments:
+        option = single.get(argument.name)
+        if not argument.kwarg_only or argument.name in ("sizes", "max_norm", "norm_type", "nonfinite"):
+            continue
+        value = options.get(argument.name, option.default_value)
+        both = [off.get(argument.name, value), value]
+        lists[argument.name] = [n for pair in both for n in pair] if isinstance(value, list | tuple) else both
+    arguments["lr_tensors"] = []
+    return arguments, {"sizes": [1, 1], **lists}
+
+
+@EVERY_RULE
+def test_groups_are_as_one_call_for_each(name):
+    arguments, options = _sample_of_groups(name)
+    single, of_single = _sample(name)
+    for tensors, others in ((arguments["params"], single["params"]), (arguments["grads"], single["grads"])):
+        for t, u in zip(tensors, others, strict=True):
+            u.copy_(t)
+    numbers = operator_of(name).groups(**arguments, **options)
+    with_less = {"momentum": 0.0, "nesterov": False} if name == "SGD" else {"amsgrad": False}
+    needless = {"momentum_buffers", "first"} if name == "SGD" else {"max_exp_avg_sqs"}
+    for i, off in enumerate((with_less, {})):
+        lists = {key: values[i : i + 1] for key, values in single.items()}
+        if off:
+            lists |= {key: [] for key in needless}
+        elif name == "SGD":
+            lists["first"] = [False]
+        operator_of(name)(**lists, **{**of_single, **off})
+    assert all(map(torch.equal, arguments["params"], single["params"]))
+    assert numbers.shape == (4,) and numbers.dtype == torch.float64 and numbers[1] == 1 and numbers[3] == 0
+
+
+@EVERY_RULE
+def test_opcheck_of_groups(name):
+    arguments, options = _sample_of_groups(name)
+    for lr in ([], [torch.tensor(0.1), torch.tensor(0.2, dtype=torch.float64)]):
+        arguments["lr_tensors"] = lr
+        torch.library.opcheck(
+            operator_of(name).groups, tuple(arguments.values()), {**options, "max_norm": 1.0, "nonfinite": "skip"}
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sizes": [1, 2]}, r"sizes must add up to 2 parameters, but got \[1, 2\]|but got 1 2"),
+        ({"sizes": [-1, 3]}, "sizes must be >= 0"),
+        ({"l1": [0.1]}, "for 2 groups there must be 2 values of l1, but got 1"),
+        ({"betas": [0.9, 0.9]}, "for 2 groups there must be 4 values of betas, but got 2"),
+        ({"l1": [0.1, -1.0]}, "l1 must be finite and >= 0, but got -1"),
+        ({"lr_tensors": [torch.tensor(0.1)]}, "no lr_tensors, or one for each of 2 groups, but got 1"),
+        ({"lr_tensors": [torch.tensor(0.1), torch.ones(2)]}, "a floating-point tensor with 1 element"),
+        ({"lr_tensors": [torch.tensor(0.1), torch.tensor(1)]}, "a floating-point tensor with 1 element"),
+        ({"max_exp_avg_sqs": []}, "there must be 1 max_exp_avg_sqs.*got 0"),
+    ],
+)
+def test_errors_of_groups(change, message):
+    arguments, options = _sample_of_groups("Adam")
+    before = copy.deepcopy(_mutated({key: value for key, value in arguments.items() if key != "lr_tensors"}))
+    with pytest.raises(ValueError, match=message):
+        operator_of("Adam").groups(**{**arguments, **options, **change})
+    after = _mutated({key: value for key, value in arguments.items() if key != "lr_tensors"})
+    assert all(map(torch.equal, after, before))
+
+
+@pytest.mark.skipif(ON_CUDA_KERNELS, reason="the host does not look at the numbers of a device")
+@pytest.mark.parametrize("value", (-1.0, math.nan, math.inf))
+def test_a_learning_rate_that_is_none(value):
+    arguments, options = _sample_of_groups("SGD")
+    arguments["lr_tensors"] = [torch.tensor(0.1), torch.tensor(value)]
+    before = copy.deepcopy(arguments["params"])
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, but got"):
+        operator_of("SGD").groups(**arguments, **options)
+    assert all(map(torch.equal, arguments["params"], before))
+
+
 @EVERY_RULE
 def test_compiled_in_one_graph(name):
     operator = operator_of(name)
