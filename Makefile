@@ -26,12 +26,13 @@ export REGFUSED_BUILD ?= require
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) > 8 ? 8 : $(MAX_JOBS) < 2 ? 2 : $(MAX_JOBS))))
 
-.PHONY: help demo test test-all test-clients matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
+.PHONY: help demo test test-more test-all test-clients matrix sanitize aarch64 wheels bench gpu-check build docs lint format clean
 
 help:
 	@echo "make demo     train on real data, the loop that people write against regfused.SGD; figure in $(OUT)/"
 	@echo "make test     build, and run the tests that need no compiler and no whole programs"
-	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers"
+	@echo "make test-all all tests, and those of the kernels once more on the CUDA kernels, emulated under sanitizers;"
+	@echo "make test-more is what make test leaves out"
 	@echo "make test-clients   train with Lightning, accelerate, transformers, timm, peft and stable-baselines3"
 	@echo "make sanitize compile and run everything for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer,"
 	@echo "              ThreadSanitizer and valgrind, which must be installed; each must see a planted bug"
@@ -55,9 +56,11 @@ test: build
 	@echo "== tests"
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not long"
 
-test-all: build
-	@echo "== all tests"
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+test-all: test test-more
+
+test-more: build
+	@echo "== tests that take long"
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m long
 	@echo "== tests of the kernels once more, on the CUDA kernels, emulated on the CPU under sanitizers"
 	$(BIN)/python -m tests.emulated_cuda -n $(TEST_JOBS) --dist worksteal
 
