@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "devices.h"
 #include "dropout_ops.h"
+#include "members.h"
 #include "penalty_ops.h"
 #include "python_values.h"
 #include "sources.h"
@@ -106,7 +107,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("leftover", &StepPlan::leftover)
       .def("numbers", &StepPlan::numbers)
       .def("stepped", &StepPlan::stepped)
-      .def_property_readonly("clip_coef", &StepPlan::clip_coef);
+      .def_property_readonly("clip_coef", &StepPlan::clip_coef)
+      .def_property_readonly("made", &StepPlan::made);
+  py::class_<Members>(m, "Members")
+      .def(py::init<py::function, py::function>(), py::arg("is_spread_as"), py::arg("part_of"))
+      .def("add", &Members::add)
+      .def("bump_versions", &Members::bump_versions)
+      .def("know_state", &Members::know_state)
+      .def("open", &Members::open)
+      .def("release", &Members::release)
+      .def("has_grad", &Members::has_grad)
+      .def_property_readonly("changed", &Members::changed)
+      .def("settle", &Members::settle);
 }
 
 }  // namespace regfused

@@ -70,6 +70,9 @@ class StepPlan {
   // plans or other ranks.
   bool is_shared = false;
 
+  // How many tensors of the state the last step made.
+  size_t made() const { return made_; }
+
   py::list leftover;
   double clip_coef() const { return scalars_.clip_coef; }
 
@@ -188,6 +191,7 @@ class StepPlan {
   bool knows_stepped_ = false;  // Param::stepped is of the last step
   std::vector<std::pair<int, int>> stepped_before_;
   int64_t skipped_ = 0;
+  size_t made_ = 0;
 
   // Of one step, until its end.
   py::object param_groups_, state_;

@@ -592,6 +592,7 @@ void StepPlan::count_and_bump_versions() {
 // Fresh tensors become state. Hashing a tensor runs Python code, so this can be interrupted: then
 // the state is as it was.
 void StepPlan::commit() {
+  made_ = pending_.size();
   if (pending_.empty()) return;
   size_t done = 0;
   try {

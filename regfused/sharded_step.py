@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regfused import extension, options
 from regfused.norm_group import NormGroup
 from regfused.reference.rule import Rule, is_on
 from regfused.shards import Shards, has_whole_slices, is_dtensor, like, part_of, shards_of
@@ -25,16 +26,17 @@ Group = dict[str, Any]
 class _Member:
     """A parameter, what this process has of it, and their state."""
 
-    __slots__ = ("entry", "grad", "own", "param", "part", "parts", "place", "slots", "spec", "spec_of_grad")
+    __slots__ = ("entry", "number", "own", "param", "part", "parts", "place", "slots", "spec")
 
-    def __init__(self, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
+    def __init__(
+        self, number: int, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]
+    ) -> None:
+        self.number = number  # among all
         self.param = param
         self.part = part  # the parameter itself where it is no DTensor
         self.spec = spec  # how it is spread; None where it is no DTensor
-        self.spec_of_grad = spec  # one that was found to be equal
         self.parts = parts
         self.place = place  # which group, and where in it
-        self.grad: Any = None  # of this step; of a DTensor its part
         self.own: dict[str, Any] | None = None  # its state
         self.entry: dict[str, Any] = {}  # that of its part
         self.slots: list[tuple[str, Any]] = []  # what of `own` the entry is made of
@@ -82,7 +84,9 @@ class ShardedStep:
         self._rule = rule
         self._operation = operation
         self._norm_group = norm_group
-        self._members: list[list[_Member]] = []  # by group
+        self._members: list[_Member] = []
+        self._watched: Any = None  # looks at the members in every step
+        self._stepped: list[tuple[int, int]] = []
         self._parts: list[_Parts] = []
         self._slices: list[Any] = []  # which the group lasso has, by group
 
@@ -124,12 +128,8 @@ class ShardedStep:
         """No gradient is held between steps."""
         for parts in self._parts:
             parts.plan.release()
-        for members in self._members:
-            for member in members:
-                if member.grad is not None:
-                    member.grad = None
-                    if member.spec is not None:
-                        member.part.grad = None
+        if self._watched is not None:
+            self._watched.release()
 
     # --- What there is ----------------------------------------------------------------------------
 
@@ -138,62 +138,38 @@ class ShardedStep:
         if not self._is_current(param_groups, state):
             is_for_kernels = self._collect(param_groups, state)
             if not is_for_kernels or not self._is_current(param_groups, state):
-                self._members = []
+                self._forget()
                 return False
         for parts in self._parts:
             parts.take_options(param_groups)
             parts.plan.step(parts.groups, parts.state, grad_scale, None)
             if parts.plan.leftover:
-                self._members = []
+                self._forget()
                 return False
         return True
+
+    def _forget(self) -> None:
+        self._release()
+        self._members = []
+        self._watched = None
 
     def _is_current(self, param_groups: list[Group], state: Any) -> bool:
         """Whether parameters and state are those that were collected; then the parts have their gradients."""
-        if len(self._members) != len(param_groups) or self._slices != _slices_of(param_groups):
-            return False
-        for group, members in zip(param_groups, self._members, strict=True):
-            params = group["params"]
-            if len(params) != len(members):
-                return False
-            for param, member in zip(params, members, strict=True):
-                if param is not member.param:
-                    return False
-                own, spec, grad = member.own, member.spec, param.grad
-                if state.get(param) is not own:
-                    return False
-                if spec is None:
-                    member.grad = grad
-                    continue
-                if param._local_tensor is not member.part:
-                    return False
-                if own is not None:
-                    for name, slot in member.slots:
-                        if own.get(name) is not slot:
-                            return False
-                if grad is not None:
-                    of_grad = getattr(grad, "_spec", None)
-                    if of_grad is not member.spec_of_grad:
-                        if not _is_spread_as(of_grad, spec):
-                            return False
-                        member.spec_of_grad = of_grad
-                    local = grad._local_tensor
-                    if type(local) is not Tensor:
-                        local = part_of(grad)  # it may be under way
-                    member.grad = member.part.grad = local
-        return True
+        watched = self._watched
+        return watched is not None and self._slices == _slices_of(param_groups) and watched.open(param_groups, state)
 
     def _collect(self, param_groups: list[Group], state: Any) -> bool:
         """Sorts the parameters by how they are spread. False where one is not for the kernels, or none is sharded."""
-        self._release()
-        self._members = []
+        self._forget()
         self._parts = []
+        assert extension.C is not None
+        watched = extension.C.Members(_is_spread_as, part_of)
+        options.list_params(param_groups)
         found: dict[Shards | None, _Parts] = {}
         known: dict[Any, _Parts] = {}  # by mesh and placements; what differs in these may be spread in one way
         if self._norm_group is not None:
             self._among(found, None, len(param_groups))
         for g, group in enumerate(param_groups):
-            members = []
             has_groups = is_on(group["group_l1"])
             for i, param in enumerate(group["params"]):
                 spec, part = None, param
@@ -216,16 +192,18 @@ class ShardedStep:
                     parts.fingerprint = zlib.crc32(described.encode(), parts.fingerprint)
                 else:
                     parts = self._among(found, None, len(param_groups))
-                member = _Member(param, part, spec, parts, (g, i))
+                member = _Member(len(self._members), param, part, spec, parts, (g, i))
+                watched.add(g, param, part, spec)
                 if not self._take_state(member, state):
                     return False
+                watched.know_state(member.number, member.own, member.slots)
                 parts.groups[g]["params"].append(part)
-                members.append(member)
-            self._members.append(members)
+                self._members.append(member)
         for parts in found.values():
             parts.fingerprint &= 0xFFFF
         self._parts = list(found.values())
         self._slices = _slices_of(param_groups)
+        self._watched = watched
         return bool(known) or self._norm_group is not None
 
     def _among(self, found: dict[Shards | None, _Parts], shards: Shards | None, groups: int) -> _Parts:
@@ -271,10 +249,9 @@ class ShardedStep:
         if together.failed:
             raise RuntimeError(another_failed(self._operation))
         if together.differs:
-            count = sum(map(len, self._members))
             raise RuntimeError(
                 f"{self._operation}: every rank must have the same sharded parameters, in the same groups and order, "
-                f"but the ranks differ; this one has {count} parameters"
+                f"but the ranks differ; this one has {len(self._members)} parameters"
             )
         return together
 
@@ -306,26 +283,23 @@ class ShardedStep:
             record.clip_coef = parts.plan.clip_coef
             penalty = torch.as_tensor(parts.plan.numbers()[2], dtype=torch.float64)
             record.penalties.append(Part(penalty, parts.shards))
-        written: list[Tensor] = []
-        slots = self._rule.slots
-        for members in self._members:
-            for member in members:
-                if member.grad is None:
-                    continue
-                record.stepped.append(member.place)
-                own = member.own
-                if own is None or len(own) < len(member.entry) or own.get("step") is not member.entry.get("step"):
-                    self._keep_state(member, state)
-                    own = member.own
-                if member.spec is not None:
-                    written.append(member.param)
-                    if own:
-                        for name in slots:
-                            if (slot := own.get(name)) is not None:
-                                written.append(slot)
-        # Autograd must see what was written through the parts.
-        torch.autograd.graph.increment_version(written)
+        if self._watched.changed or any(parts.plan.made for parts in self._parts):
+            self._list_stepped(state)
+        self._watched.bump_versions()
+        record.stepped = self._stepped
         last.by_reference(record)
+
+    def _list_stepped(self, state: Any) -> None:
+        """Which parameters a step with these gradients steps. State that the kernels made goes to them."""
+        self._stepped = []
+        for member in self._members:
+            if not self._watched.has_grad(member.number):
+                continue
+            self._stepped.append(member.place)
+            own = member.own
+            if own is None or len(own) < len(member.entry) or own.get("step") is not member.entry.get("step"):
+                self._keep_state(member, state)
+        self._watched.settle()
 
     def _keep_state(self, member: _Member, state: Any) -> None:
         """What the kernels have made goes to the parameter's state."""
@@ -334,6 +308,7 @@ class ShardedStep:
             return
         if member.spec is None:
             state[member.param] = member.own = member.entry = made
+            self._watched.know_state(member.number, made, [])
             return
         member.entry = made
         own = member.own = state[member.param]
@@ -342,6 +317,7 @@ class ShardedStep:
                 # A count of steps is the same on every rank.
                 own[name] = like(member.param, value) if name != "step" else value
         member.slots = [(name, own.get(name)) for name in ("step", *self._rule.slots)]
+        self._watched.know_state(member.number, own, member.slots)
 
 
 def _slices_of(param_groups: list[Group]) -> list[Any]:

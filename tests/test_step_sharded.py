@@ -165,6 +165,29 @@ def checkpoint_and_kinds_of_grads(rank: int, mesh) -> dict:
     return {"params": [whole(p) for p in params], "twins": [whole(p) for p in twins]}
 
 
+def other_gradients(rank: int, mesh) -> dict:
+    """Versions of parameters after steps with other gradients than before, one of them skipped, and the counts."""
+    params = [torch.nn.Parameter(t) for t in on_mesh(values("params"), "sharded", mesh)]
+    optimizer = regfused.Adam(params, lr=0.1, nonfinite="skip")
+    versions, stepped = [], []
+
+    def step(which: tuple[int, ...], nan: bool = False) -> None:
+        grads = on_mesh(values("grads", len(versions)), "sharded", mesh)
+        for i, p in enumerate(params):
+            p.grad = grads[i] * (math.nan if nan else 1) if i in which else None
+        optimizer.step()
+        versions.append([p._version for p in params])
+        stepped.append([i for _, i in optimizer._last._merged().stepped])
+
+    step((0, 1, 2, 3))
+    step((0, 1), nan=True)
+    step((0, 1))
+    step((0, 1))
+    step((1, 4))
+    steps = [float(optimizer.state[p]["step"]) for p in params]
+    return {"versions": versions, "stepped": stepped, "steps": steps}
+
+
 def work(rank: int, folder: str, world: int = WORLD) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -176,6 +199,7 @@ def work(rank: int, folder: str, world: int = WORLD) -> None:
     if world == WORLD:
         mesh = init_device_mesh("cpu", (WORLD,))
         results = {"steps": step_all(rank, mesh), "checkpoint": checkpoint_and_kinds_of_grads(rank, mesh)}
+        results["other"] = other_gradients(rank, mesh)
     else:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         results = {"steps": step_all(rank, mesh, KINDS_OF_FOUR, CASES_OF_FOUR)}
@@ -249,6 +273,16 @@ def test_collective_operations(of_ranks, module):
             split = kind != "replicated"
             got = of_ranks[0]["steps"][kind, name, module]["collectives"]
             assert got == (1 if has_norm and split else 0), (kind, name)
+
+
+def test_other_gradients_than_before(of_ranks):
+    for rank in of_ranks:
+        versions = rank["other"]["versions"]
+        moved = [[a < b for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(versions)]
+        first, none = [True, True, False, False, False], [False] * 5
+        assert moved == [none, first, first, [False, True, False, False, True]]
+        assert rank["other"]["stepped"] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [0, 1], [1, 4]]
+        assert rank["other"]["steps"] == [3, 4, 1, 1, 1]
 
 
 def test_training_that_resumes(of_ranks):
