@@ -28,9 +28,7 @@ class _Member:
 
     __slots__ = ("entry", "number", "own", "param", "part", "parts", "place", "slots", "spec")
 
-    def __init__(
-        self, number: int, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]
-    ) -> None:
+    def __init__(self, number: int, param: Any, part: Tensor, spec: Any, parts: _Parts, place: tuple[int, int]) -> None:
         self.number = number  # among all
         self.param = param
         self.part = part  # the parameter itself where it is no DTensor
