@@ -98,3 +98,34 @@ def test_peft():
     ours, theirs = run("regfused"), run("torch")
     assert len(ours) == 4
     torch.testing.assert_close(list(ours), list(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=40,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        ),
+        lambda: transformers.GPT2Model(
+            transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        ),
+    ),
+    ids=("BERT", "GPT-2"),
+)
+def test_convert(make):
+    model = make()
+    there = sum(type(module) is nn.Dropout for module in model.modules())
+    tokens = torch.arange(8).view(1, 8)
+    before = model.eval()(tokens).last_hidden_state
+    done = regfused.convert(model)
+    assert done.count == there > 0 and not any(type(module) is nn.Dropout for module in model.modules())
+    assert torch.equal(model(tokens).last_hidden_state, before)
+    model.train()(tokens).last_hidden_state.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert regfused.convert(model, undo=True).count == there
