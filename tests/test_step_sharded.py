@@ -5,6 +5,7 @@ import datetime
 import itertools
 import math
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -48,6 +49,7 @@ CASES = {
 }
 SLOT = {"SGD": "momentum_buffer", "Adam": "exp_avg"}
 STEPS = 3
+HAS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def values(kind: str, step: int = 0) -> list[torch.Tensor]:
@@ -188,6 +190,28 @@ def other_gradients(rank: int, mesh) -> dict:
     return {"versions": versions, "stepped": stepped, "steps": steps}
 
 
+def memory_of_a_step(rank: int, mesh) -> dict:
+    """By how many bytes the memory of a process grows at most while it steps a part of 16 MiB, under each module."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def kilobytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    grown = {}
+    for name, module in MODULES.items():
+        param = torch.nn.Parameter(distribute_tensor(torch.zeros(WORLD * 2**12, 2**10), mesh, [Shard(0)]))
+        param.grad = distribute_tensor(torch.ones(param.shape), mesh, [Shard(0)])
+        optimizer = module.AdamW([param], lr=0.1, l1=0.1, max_norm=1.0)
+        for _ in range(2):
+            optimizer.step()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = kilobytes("VmRSS")
+        optimizer.step()
+        grown[name] = 1024 * (kilobytes("VmHWM") - before)
+    return grown
+
+
 def work(rank: int, folder: str, world: int = WORLD) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -200,6 +224,8 @@ def work(rank: int, folder: str, world: int = WORLD) -> None:
         mesh = init_device_mesh("cpu", (WORLD,))
         results = {"steps": step_all(rank, mesh), "checkpoint": checkpoint_and_kinds_of_grads(rank, mesh)}
         results["other"] = other_gradients(rank, mesh)
+        if HAS_PEAK:
+            results["memory"] = memory_of_a_step(rank, mesh)
     else:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         results = {"steps": step_all(rank, mesh, KINDS_OF_FOUR, CASES_OF_FOUR)}
@@ -283,6 +309,13 @@ def test_other_gradients_than_before(of_ranks):
         assert moved == [none, first, first, [False, True, False, False, True]]
         assert rank["other"]["stepped"] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [0, 1], [1, 4]]
         assert rank["other"]["steps"] == [3, 4, 1, 1, 1]
+
+
+@pytest.mark.skipif(not HAS_PEAK, reason="there is no peak of memory that could begin anew")
+def test_a_step_takes_no_memory(of_ranks):
+    for rank in of_ranks:
+        assert rank["memory"]["kernels"] < 2**20
+        assert rank["memory"]["reference"] > 2**23  # so it would show
 
 
 def test_training_that_resumes(of_ranks):
