@@ -136,6 +136,8 @@ class Regularized(torch.optim.Optimizer):
 
         @functools.wraps(with_hooks)
         def step(self: Regularized, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return with_hooks(self, *args, **kwargs)
             with_grad = torch.is_grad_enabled()
             try:
                 return with_hooks(self, *args, **kwargs)
