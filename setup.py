@@ -172,6 +172,11 @@ def extension_module() -> CppExtension:
         cpu_sources = [source for source in sources if Path(source).parts[1] != "cuda"]
         extension = CppExtension("regfused._C", cpu_sources, extra_compile_args=flags)
     else:
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.device_count():
+            print(
+                "regfused: no GPU is here, so CUDA kernels are compiled for all: minutes for each architecture. "
+                "TORCH_CUDA_ARCH_LIST=9.0 compiles for one, REGFUSED_CUDA=0 for none"
+            )
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
         print(f"regfused: with CUDA kernels, nvcc {toolkit()}, for {os.environ['TORCH_CUDA_ARCH_LIST']}")
         nvcc_flags = [
