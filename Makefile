@@ -107,7 +107,7 @@ wheels: $(VENV)/installed
 bench: build
 	@for piece in $(foreach rule,sgd adam,"step --optimizer $(rule) --models $(STEP_MODELS)" $(foreach threads,1 2,\
 			"step --optimizer $(rule) --models in_cache --threads $(threads) --seconds 6 --stem $(rule)_in_cache_$(threads)")) \
-			penalty clip dropout zeros; do \
+			penalty clip dropout zeros sharded; do \
 		echo "== $$piece"; \
 		$(BIN)/python -m benchmarks.bench_$$piece --out $(RESULTS); \
 	done

@@ -40,6 +40,21 @@ SMALL = {stem: ["--models", "mlp_251"] for stem in JOBS} | {"dropout": ["--sizes
 TOLERANCE = 1e-5
 
 
+def test_sharded_steps_are_timed(tmp_path):
+    """The command compares the arms itself."""
+    command = [sys.executable, "-m", "benchmarks.bench_sharded", "--models", "mlp_251", "--repeats", "3"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((tmp_path / "sharded.json").read_text())
+    assert list(results["cases"]) == ["mlp_251, SGD", "mlp_251, AdamW"]
+    for found in results["cases"].values():
+        assert all(arm["collectives"] == 1 for arm in found["arms"].values())
+
+
 @pytest.mark.parametrize("stem", JOBS)
 def test_every_arm_is_timed_and_does_the_same_job(stem, tmp_path):
     """One test for each command, because starting it takes most of the time."""
