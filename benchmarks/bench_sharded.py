@@ -120,7 +120,7 @@ def table(results: dict[str, Any]) -> report.Table:
             numbers = [f"{arm['milliseconds']:.2f}", f"{low:.2f} to {high:.2f}", ratio, target, str(arm["collectives"])]
             rows.append([case, name, *numbers])
     columns = ["parameters", "step", "ms", "quartiles", "times regfused", "at least", "collective operations"]
-    note = "Medians on rank 0, of steps that took turns; gloo, one thread for each rank, parts along the first dimension."
+    note = "Medians on rank 0, of steps that took turns; gloo, one thread a rank, parts along the first dimension."
     return report.Table("Sharded parameters", columns, rows, note, names=2)
 
 
