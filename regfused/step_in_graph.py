@@ -60,6 +60,9 @@ def why_not(param_groups: Sequence[Group], state: Mapping[Any, Any], rule: Rule)
                     continue
                 if not (value is None or isinstance(value, bool | int | float | str)):
                     return f"{name} is a {type(value).__name__}, and only lr may be one"
+        for name in _OTHERS[2:]:
+            if group[name] != param_groups[0][name]:
+                return f"{name} is not the same in every group, and there is one norm over all"
         if _needs_norm(group) and float(group["norm_type"]) not in (1.0, 2.0, float("inf")):
             return f"norm_type is {group['norm_type']}, and not 1, 2 or inf"
         for param in group["params"]:
