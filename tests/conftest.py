@@ -64,13 +64,14 @@ def is_about_the_reference(item):
 
 
 # What make test leaves to make test-all, beside the tests that say so themselves: the contract of the reference, whose
-# formulas have tests of their own, and interrupts of each of its lines.
+# formulas have tests of their own, interrupts of each of its lines, and options that are one argument more in a graph.
 LONG = (
     ("test_step_contract", "_twin_"),
     ("test_interrupt_before_any_line[", "reference"),
     ("test_ten_thousand_steps_do_not_grow[", "reference"),
     ("test_ten_thousand_steps_do_not_grow[", "leftovers"),
     ("test_another_number_of_ranks[", "4]"),
+    *(("test_step_in_graph", "test_equal_to_eager[", case) for case in ("elastic net", "proximal", "group lasso")),
 )
 
 
