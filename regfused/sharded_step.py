@@ -150,6 +150,7 @@ class ShardedStep:
         self._release()
         self._members = []
         self._watched = None
+        self._stepped = []
 
     def _is_current(self, param_groups: list[Group], state: Any) -> bool:
         """Whether parameters and state are those that were collected; then the parts have their gradients."""

@@ -15,12 +15,12 @@ from regfused.tracing import value_is_known
 def as_tensor(value: float, param: Tensor, group: Mapping[str, Any]) -> Tensor:
     """0-dim: on the CPU, or, where a device counts, beside the parameter."""
     on_device = group.get("capturable") or group["fused"]
-    is_double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-    return torch.tensor(
-        float(value),
-        dtype=torch.float64 if is_double else torch.float32,
-        device=param.device if on_device else "cpu",
-    )
+    return torch.tensor(float(value), dtype=dtype_of(group), device=param.device if on_device else "cpu")
+
+
+def dtype_of(group: Mapping[str, Any]) -> torch.dtype:
+    """Of a new count."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
 
 
 def check(place: str, step: Any, *, wait: bool) -> None:

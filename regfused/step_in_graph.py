@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regfused import extension, options
+from regfused import extension, options, step_count
 from regfused.reference.rule import Rule
+from regfused.reference.step import Group, needs_norm
 from regfused.stats import LastStep, Part, Record
-
-Group = Mapping[str, Any]
 
 # Arguments that are no option with a value for each group.
 _OTHERS = ("sizes", "lr", "max_norm", "norm_type", "nonfinite")
@@ -59,11 +58,11 @@ def why_not(param_groups: Sequence[Group], state: Mapping[Any, Any], rule: Rule)
                 if isinstance(value, Tensor) and name == "lr" and value.is_floating_point():
                     continue
                 if not (value is None or isinstance(value, bool | int | float | str)):
-                    return f"{name} is a {type(value).__name__}, and only lr may be one"
+                    return f"{name} is a {type(value).__name__}: a number is demanded, or of lr a floating-point tensor"
         for name in _OTHERS[2:]:
             if group[name] != param_groups[0][name]:
                 return f"{name} is not the same in every group, and there is one norm over all"
-        if _needs_norm(group) and float(group["norm_type"]) not in (1.0, 2.0, float("inf")):
+        if needs_norm(group) and float(group["norm_type"]) not in (1.0, 2.0, float("inf")):
             return f"norm_type is {group['norm_type']}, and not 1, 2 or inf"
         for param in group["params"]:
             if param.grad is None:
@@ -110,9 +109,9 @@ def step(param_groups: Sequence[Group], state: Any, rule: Rule, last: LastStep) 
             entry = state[param]
             if rule.counts_steps:
                 if "step" not in entry:
-                    entry["step"] = torch.zeros((), dtype=_type_of_count(group), device=param.device)
+                    entry["step"] = torch.zeros((), dtype=step_count.dtype_of(group), device=param.device)
                 counts.append(entry["step"])
-            elif needed:
+            else:
                 first.append(entry.get(needed[0]) is None)
             for slot, name in enumerate(rule.slots):
                 if name in needed:
@@ -127,7 +126,7 @@ def step(param_groups: Sequence[Group], state: Any, rule: Rule, last: LastStep) 
         rates = [0.0 for _ in rates]
     values = {name: _values_of(name, param_groups, rule) for name in names}
     shared = param_groups[0]
-    needs_norm = _needs_norm(shared)
+    measured = needs_norm(shared)
     outcome = operator(
         params,
         grads,
@@ -138,25 +137,17 @@ def step(param_groups: Sequence[Group], state: Any, rule: Rule, last: LastStep) 
         lr=rates,
         **values,
         max_norm=shared["max_norm"],
-        norm_type=float(shared["norm_type"]) if needs_norm else 2.0,
+        norm_type=float(shared["norm_type"]) if measured else 2.0,
         nonfinite=shared["nonfinite"],
     )
     grad_norm, clip_coef, penalty, skipped = outcome.unbind()
     last.by_reference(
         Record(
-            grad_norm=grad_norm if needs_norm else None, clip_coef=clip_coef, penalties=[Part(penalty)], stepped=stepped
+            grad_norm=grad_norm if measured else None, clip_coef=clip_coef, penalties=[Part(penalty)], stepped=stepped
         )
     )
     if shared["nonfinite"] == "skip":
         last.skipped = last.skipped + skipped
-
-
-def _needs_norm(group: Group) -> bool:
-    return group["max_norm"] is not None or group["nonfinite"] != "propagate"
-
-
-def _type_of_count(group: Group) -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
 
 
 def _values_of(name: str, param_groups: Sequence[Group], rule: Rule) -> list[Any]:

@@ -43,6 +43,14 @@ def two_groups(params):
     return [{"params": params[:2], "l1": 0.02, "lr": torch.tensor(0.03)}, {"params": params[2:]}]
 
 
+def pair_of(make):
+    """Parameters, their copies, an optimizer for each, and the compiled step of the first."""
+    params = make_params(SIZES)
+    twins = copy_params(params)
+    ours, twin = (make(tensors, lr=0.1, **with_state(make)) for tensors in (params, twins))
+    return params, twins, ours, twin, Compiled(ours)
+
+
 def assert_same(ours, twin):
     for group, other in zip(ours.param_groups, twin.param_groups, strict=True):
         for p, q in zip(group["params"], other["params"], strict=True):
@@ -50,11 +58,12 @@ def assert_same(ours, twin):
             assert ours.state[p].keys() == twin.state[q].keys()
             assert all(torch.equal(ours.state[p][name], twin.state[q][name]) for name in ours.state[p])
     assert ours.stats.as_floats() == twin.stats.as_floats()
+    assert ours._last._merged().stepped == twin._last._merged().stepped
 
 
 def options_of(make, case):
     return {
-        "plain": {},
+        "plain": {"momentum": 0.9, "dampening": 0.5} if make is regfused.SGD else {},
         "everything": {**with_state(make), "l1": 1e-2, "l2": 1e-2, "max_norm": 0.5, "weight_decay": 0.1},
         "elastic net in the clip": (OPTIONS if make is regfused.SGD else ADAM_OPTIONS)["elastic net in the clip"],
         "proximal": {"l1": 0.05, "l2": 0.1, "proximal": True, "nonnegative": True},
@@ -114,10 +123,7 @@ def test_by_inductor_in_a_larger_graph(make):
 
 @EVERY_CLASS
 def test_parameters_without_a_gradient_and_ones_that_come_later(make):
-    params = make_params(SIZES)
-    twins = copy_params(params)
-    ours, twin = (make(tensors, lr=0.1, **with_state(make)) for tensors in (params, twins))
-    compiled = Compiled(ours)
+    params, twins, ours, twin, compiled = pair_of(make)
     for _ in range(4):
         give_grads(params)
         share_grads(params, twins)
@@ -129,16 +135,12 @@ def test_parameters_without_a_gradient_and_ones_that_come_later(make):
     share_grads(params, twins)
     compiled.step()
     twin.step()
-    twin.state.pop(twins[1]) if not twin.state[twins[1]] else None
     assert_same(ours, twin)
 
 
 @EVERY_CLASS
 def test_eager_goes_on_where_the_graph_has_stopped_and_back(make):
-    params = make_params(SIZES)
-    twins = copy_params(params)
-    ours, twin = (make(tensors, lr=0.1, **with_state(make)) for tensors in (params, twins))
-    compiled = Compiled(ours)
+    params, twins, ours, twin, compiled = pair_of(make)
     for step in (compiled.step, ours.step, compiled.step, compiled.step, ours.step):
         give_grads(params)
         share_grads(params, twins)
@@ -214,7 +216,7 @@ def _count_as_a_number(params):
     [
         (_reference, "fused=False, foreach=True and differentiable=True are pure PyTorch"),
         (_complex, "the kernels do not take a parameter of torch.complex64"),
-        (_tensor_option, "betas is a Tensor, and only lr may be one"),
+        (_tensor_option, "betas is a Tensor: a number is demanded, or of lr a floating-point tensor"),
         (_odd_norm, "norm_type is 3.0, and not 1, 2 or inf"),
         (_two_norms, "max_norm is not the same in every group, and there is one norm over all"),
         (_scaled, "torch.amp.GradScaler takes part in it"),
