@@ -98,7 +98,9 @@ def test_l1_and_l2_act_as_without_groups(make, proximal):
             assert torch.equal(p == 0, want == 0)
         for p, q in zip(params, twins, strict=True):
             assert torch.equal(ours.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
-        assert ours.stats.penalty == plain.stats.penalty and ours.stats.grad_norm == plain.stats.grad_norm
+        # On the CPU it is added up piece by piece of what the slices are measured in, some numbers of it in float32.
+        assert float(ours.stats.penalty) == pytest.approx(float(plain.stats.penalty), rel=1e-7)
+        assert ours.stats.grad_norm == plain.stats.grad_norm
 
 
 @BOTH

@@ -82,55 +82,74 @@ void SlicesOnCpu::set(size_t i, const SliceTensor& tensor) {
   here.metric = tensor.metric;
 }
 
-// f(cut, chunk) for every chunk of a tensor that is not passed by.
+// f(cut, chunk, c) for every chunk of a tensor that is not passed by.
 template <class F>
 void SlicesOnCpu::for_each(const Chunks& chunks, const F& f) {
   chunks.for_each([&](size_t c) {
     const Cut& cut = cuts_[chunks[c].tensor];
-    if (!cut.tensor.is_passed_by()) f(cut, chunks[c]);
+    if (!cut.tensor.is_passed_by()) f(cut, chunks[c], c);
   });
 }
 
-void SlicesOnCpu::shrink() {
-  const auto plain = [&](void (SlicesOnCpu::*pass)(const Cut&, const Chunk&)) {
-    return [this, pass](const Cut& cut, const Chunk& chunk) {
-      if (!cut.tensor.metric) (this->*pass)(cut, chunk);
-    };
-  };
-  for_each(whole_, [&](const Cut& cut, const Chunk& chunk) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
-  find_radii();
-  for_each(pieces_, plain(&SlicesOnCpu::measure));
-  for_each(slices_, plain(&SlicesOnCpu::make_factors));
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece) {
+void SlicesOnCpu::shrink(const Make& make) {
+  for_each(whole_, [&](const Cut& cut, const Chunk& chunk, size_t) {
+    kernels_.shrink(cut.tensor, chunk.begin, chunk.size);
+  });
+  begin_search();
+  for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t number) {
+    if (make) make_piece(make, number, cut, piece);
+    cut.tensor.metric ? sum(cut, piece) : measure(cut, piece);
+  });
+  for_each(slices_, [&](const Cut& cut, const Chunk& chunk, size_t) {
+    cut.tensor.metric ? make_radii(cut, chunk) : make_factors(cut, chunk);
+  });
+  for (int i = 1; i < kMostRadii && is_search_open(); ++i) {
+    for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t) {
+      if (cut.open) sum(cut, piece);
+    });
+    for_each(slices_, [&](const Cut& cut, const Chunk& chunk, size_t) {
+      if (cut.open) make_radii(cut, chunk);
+    });
+  }
+  for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t) {
     cut.tensor.metric ? shrink_to_radii(cut, piece) : scale(cut, piece);
   });
 }
 
-void SlicesOnCpu::find_radii() {
-  bool open = false;
-  for (Cut& cut : cuts_) {
-    cut.open = cut.tensor.metric && !cut.tensor.is_passed_by() && cut.plane > 0;
-    open |= cut.open;
+void SlicesOnCpu::make_piece(const Make& make, size_t number, const Cut& cut, const Chunk& chunk) {
+  const int64_t piece = chunk.begin / kPiece;
+  const auto make_elements = [&](int64_t begin, int64_t n) {
+    make(chunk.tensor, number, Chunk{chunk.tensor, static_cast<int32_t>(n), begin});
+  };
+  if (cut.by_segments) {
+    const SliceSegments::Segment segment = cut.segments.segment(piece);
+    return make_elements(segment.begin, segment.size);
   }
-  if (!open) return;
+  const SliceTile tile = cut.columns.tile(piece);
+  // Rows of whole width lie together.
+  const bool together = tile.columns == tile.stride;
+  const int64_t n = together ? tile.rows * tile.columns : tile.columns;
+  for (int64_t row = 0; row < (together ? 1 : tile.rows); ++row) {
+    const int64_t begin = tile.begin + row * tile.stride;
+    if (begin < tile.numel) make_elements(begin, std::min(n, tile.numel - begin));
+  }
+}
+
+void SlicesOnCpu::begin_search() {
+  if (std::none_of(cuts_.begin(), cuts_.end(), [](const Cut& cut) { return cut.is_searched(); })) return;
   radii_.assign(factors_.size(), SliceRadius{});
   sums_.resize(partials_.size() * SliceSums::kCount);
-  const auto sought = [](const auto& pass) {
-    return [&pass](const Cut& cut, const Chunk& chunk) {
-      if (cut.open) pass(cut, chunk);
-    };
+}
+
+bool SlicesOnCpu::is_search_open() {
+  const auto is_open = [&](const Cut& cut) {
+    if (!cut.is_searched()) return false;
+    const auto* radii = radii_.data() + cut.factors;
+    return std::any_of(radii, radii + cut.tensor.layout.count, [](const SliceRadius& r) { return r.open; });
   };
-  for (int i = 0; i < kMostRadii && open; ++i) {
-    for_each(pieces_, sought([&](const Cut& cut, const Chunk& piece) { sum(cut, piece); }));
-    for_each(slices_, sought([&](const Cut& cut, const Chunk& chunk) { make_radii(cut, chunk); }));
-    open = false;
-    for (Cut& cut : cuts_) {
-      if (!cut.open) continue;
-      const auto* radii = radii_.data() + cut.factors;
-      cut.open = std::any_of(radii, radii + cut.tensor.layout.count, [](const SliceRadius& r) { return r.open; });
-      open |= cut.open;
-    }
-  }
+  bool open = false;
+  for (Cut& cut : cuts_) open |= cut.open = is_open(cut);
+  return open;
 }
 
 void SlicesOnCpu::measure(const Cut& cut, const Chunk& chunk) {

@@ -1,6 +1,7 @@
 // Shrinks slices of tensors by their norms, in parallel, on the CPU.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "../slice_step.h"
@@ -22,7 +23,14 @@ class SlicesOnCpu {
   // The same tensor in another place, null to pass it by, or with another bound or metric.
   void set(size_t i, const SliceTensor& tensor);
   // Cannot fail.
-  void shrink();
+  void shrink() { shrink({}); }
+  // (tensor, piece, elements): what makes the elements, which lie in a piece of the tensor that set() knows by a number.
+  using Make = std::function<void(size_t, size_t, const Chunk&)>;
+  // The same, where `make` makes all elements, piece by piece: they are measured while they are in the cache.
+  void shrink(const Make& make);
+  // Of all tensors whose slices do not fit a chunk.
+  size_t pieces() const { return pieces_.size(); }
+  bool is_passed_by(size_t i) const { return cuts_[i].tensor.is_passed_by(); }
 
  private:
   struct Cut {
@@ -33,14 +41,19 @@ class SlicesOnCpu {
     size_t partials, factors;  // where they begin, the latter in radii_, too
     int64_t plane;             // partial sums
     int64_t judging;           // additions for the factors of some slices, about
-    bool open = false;         // radii are sought
+    bool open = false;         // some radii are still sought
+
+    // Whether it has radii.
+    bool is_searched() const { return tensor.metric && !tensor.is_passed_by() && plane > 0; }
   };
 
+  void make_piece(const Make& make, size_t number, const Cut& cut, const Chunk& piece);
   void measure(const Cut& cut, const Chunk& piece);
   void make_factors(const Cut& cut, const Chunk& chunk);
   void scale(const Cut& cut, const Chunk& piece);
-  // The same in a metric, where radii take the place of factors.
-  void find_radii();
+  // The same in a metric, where radii take the place of factors and are sought.
+  void begin_search();
+  bool is_search_open();
   void sum(const Cut& cut, const Chunk& piece);
   void make_radii(const Cut& cut, const Chunk& chunk);
   void shrink_to_radii(const Cut& cut, const Chunk& piece);

@@ -1,7 +1,9 @@
 // Runs the two passes of a step over a flat list of chunks, in parallel, on the CPU.
 #include "step_drive.h"
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "isa.h"
 
@@ -28,6 +30,8 @@ void StepOnCpu::cut(const StepWork& work, int8_t index) {
     chunks_.add(static_cast<int32_t>(t), row.numel, size);
   }
   partials_.assign(chunks_.size(), StepPartial{});
+  other_penalties_.assign(others_.pieces(), 0);
+  by_pieces_.assign(work.rows.size(), false);
 }
 
 // pass(row, chunk, partial) for every chunk of a row with a gradient.
@@ -59,16 +63,29 @@ std::pair<int64_t, int64_t> StepOnCpu::first_nonfinite() const {
 }
 
 void StepOnCpu::step(const StepWork& work, const StepScalars& scalars) {
-  const auto kernel = kernels_.step[static_cast<int>(work.rule)];
+  set_others(work);
   run(work, [&](const StepRow& row, const Chunk& chunk, StepPartial& partial) {
-    const StepHyper& hyper = work.groups[row.group];
-    kernel(row, chunk, hyper, work.times[row.time], scalars, partial);
-    if (scalars.write_unscaled_grad) kernels_.unscale(row, chunk, scalars);
-    if (hyper.group_l1 != 0) shrink_chunk(sliced(work, row), chunk);
+    if (by_pieces_[chunk.tensor]) return;
+    step_chunk(work, scalars, row, chunk, partial);
+    if (work.groups[row.group].group_l1 != 0) shrink_chunk(sliced(work, row), chunk);
   });
-  shrink_others(work);
+  std::fill(other_penalties_.begin(), other_penalties_.end(), 0.0);
+  const auto step_piece = [&](size_t i, size_t piece, const Chunk& chunk) {
+    StepPartial partial;
+    step_chunk(work, scalars, work.rows[other_rows_[i]], chunk, partial);
+    other_penalties_[piece] += partial.penalty;
+  };
+  others_.shrink(std::cref(step_piece));
   penalty_ = 0;
   for (const StepPartial& partial : partials_) penalty_ += partial.penalty;
+  for (const double penalty : other_penalties_) penalty_ += penalty;
+}
+
+void StepOnCpu::step_chunk(const StepWork& work, const StepScalars& scalars, const StepRow& row, const Chunk& chunk,
+                           StepPartial& partial) const {
+  const auto kernel = kernels_.step[static_cast<int>(work.rule)];
+  kernel(row, chunk, work.groups[row.group], work.times[row.time], scalars, partial);
+  if (scalars.write_unscaled_grad) kernels_.unscale(row, chunk, scalars);
 }
 
 SliceTensor StepOnCpu::sliced(const StepWork& work, const StepRow& row) {
@@ -83,12 +100,12 @@ void StepOnCpu::shrink_chunk(const SliceTensor& slices, const Chunk& chunk) cons
     slice_kernels_.shrink(slices, chunk.begin, chunk.size);
 }
 
-void StepOnCpu::shrink_others(const StepWork& work) {
+void StepOnCpu::set_others(const StepWork& work) {
   for (size_t i = 0; i < other_rows_.size(); ++i) {
     const StepRow& row = work.rows[other_rows_[i]];
     others_.set(i, row.grad ? sliced(work, row) : SliceTensor{});
+    by_pieces_[other_rows_[i]] = !others_.is_passed_by(i);
   }
-  others_.shrink();
 }
 
 }  // namespace regfused

@@ -25,9 +25,11 @@ class StepOnCpu : public StepDevice {
   template <class Pass>
   void run(const StepWork& work, Pass pass);
 
+  void step_chunk(const StepWork& work, const StepScalars& scalars, const StepRow& row, const Chunk& chunk,
+                  StepPartial& partial) const;
   static SliceTensor sliced(const StepWork& work, const StepRow& row);
   void shrink_chunk(const SliceTensor& slices, const Chunk& chunk) const;
-  void shrink_others(const StepWork& work);
+  void set_others(const StepWork& work);
 
   StepKernels kernels_ = {};
   SliceKernels slice_kernels_ = {};
@@ -36,6 +38,8 @@ class StepOnCpu : public StepDevice {
   // Rows whose slices do not fit chunks: indices of StepWork::rows, in the order of others_.
   std::vector<size_t> other_rows_;
   SlicesOnCpu others_;
+  std::vector<double> other_penalties_;  // by piece
+  std::vector<char> by_pieces_;          // whether a row is stepped by the pieces of others_
   double penalty_ = 0;
 };
 
