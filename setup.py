@@ -37,23 +37,28 @@ def version() -> str:
     return here[1] + (f"+{local}" if local else "")
 
 
+def openmp_flag() -> str:
+    """For torch's pool of threads. Not given to the linker: torch's own OpenMP runtime is the only one. On Linux that is
+    GNU's, for which clang compiles nothing: csrc/cpu/parallel.cpp calls it by name there.
+    """
+    ask = [get_cxx_compiler(), "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        is_clang = "#define __clang__ " in subprocess.run(ask, capture_output=True, text=True, errors="replace").stdout
+    except OSError:
+        is_clang = False
+    return "-DREGFUSED_GOMP" if is_clang and sys.platform == "linux" else "-fopenmp"
+
+
 def why_not_compiled() -> str:
     """Why this machine compiles no C++20 against Python's headers, or an empty string."""
     compiler = get_cxx_compiler()
+    openmp = openmp_flag()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "tried.cpp")
-        source.write_text("#include <Python.h>\n#include <omp.h>\n#include <span>\nstd::span<int> nothing;\n")
-        command = [
-            compiler,
-            "-std=c++20",
-            "-fopenmp",
-            "-I",
-            sysconfig.get_path("include"),
-            "-c",
-            source,
-            "-o",
-            os.devnull,
-        ]
+        headers = ["Python.h", "span", *(["omp.h"] if openmp == "-fopenmp" else [])]
+        source.write_text("".join(f"#include <{name}>\n" for name in headers) + "std::span<int> nothing;\n")
+        include = ["-I", sysconfig.get_path("include")]
+        command = [compiler, "-std=c++20", openmp, *include, "-c", source, "-o", os.devnull]
         try:
             tried = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError as error:
@@ -153,7 +158,7 @@ def extension_module() -> CppExtension:
         "-std=c++20",
         "-O3",
         "-g0",
-        "-fopenmp",  # for at::parallel_for; not given to the linker: torch's own OpenMP runtime is the only one
+        openmp_flag(),
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",

@@ -218,6 +218,19 @@ def test_with_a_compiler_that_knows_no_cpp20(tmp_path):
     assert f"{old} compiles no C++20 for Python here: tried.cpp:3:10: fatal error: span: No such file" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch brings the OpenMP runtime that clang compiles for")
+@pytest.mark.parametrize(
+    ("macro", "flag"), [("__clang__", "-DREGFUSED_GOMP"), ("__GNUC__", "-fopenmp")], ids=["clang", "gcc"]
+)
+def test_the_openmp_runtime_that_a_compiler_knows(tmp_path, macro, flag):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -dM ] && echo "#define {macro} 1" && exit\necho "error: $*" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    done = _setup(_checkout(tmp_path), "build", CXX=str(compiler), REGFUSED_BUILD="require")
+    assert done.returncode == 1
+    assert f"error: -std=c++20 {flag} -I" in done.stderr
+
+
 def test_without_ninja(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -23,8 +23,10 @@ struct DropoutWords {
   }
   REGFUSED_RULE bool any_half_is(uint16_t half) const {
     bool any = false;
-    for (int v = 0; v < kOfRun; ++v)
-      any |= REGFUSED_ISA::any_half_is(words[0][v], half) | REGFUSED_ISA::any_half_is(words[1][v], half);
+    for (int v = 0; v < kOfRun; ++v) {
+      any |= REGFUSED_ISA::any_half_is(words[0][v], half);
+      any |= REGFUSED_ISA::any_half_is(words[1][v], half);
+    }
     return any;
   }
   // The vector at position i of the row.
