@@ -16,7 +16,7 @@ import nox
 
 ROOT = Path(__file__).parent
 
-OLDEST, NEWEST = "2.11.0", "2.14.1"  # releases of torch; on the registry, all are CUDA builds
+OLDEST, USUAL, NEWEST = "2.11.0", "2.13.0", "2.14.1"  # releases of torch; on the registry, all are CUDA builds
 NONE = ""
 USUAL_PYTHON = "3.11"  # of `make test` where .ci/run runs
 # What touches torch and Python most: the arithmetic is that of `make test`, and the whole suite would take too long.
@@ -51,17 +51,20 @@ class Row:
     architectures: str  # of the CUDA kernels
     tests: tuple[str, ...]
     rehearsal: bool = False  # of make gpu-check, before the tests
+    compiler: str = ""  # of C++, beside the usual one
 
     @property
     def build_env(self) -> dict[str, str]:
         """A warning is an error here: g++ reads headers of another torch in each row."""
         cuda = {"REGFUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": self.architectures}
-        return {"CFLAGS": "-Werror", **(cuda if self.architectures else {"REGFUSED_CUDA": "0"})}
+        compiler = {"CXX": self.compiler} if self.compiler else {}
+        return {"CFLAGS": "-Werror", **compiler, **(cuda if self.architectures else {"REGFUSED_CUDA": "0"})}
 
     def __str__(self) -> str:
         kernels = f"CUDA kernels for {self.architectures}" if self.architectures else "no CUDA kernels"
         rehearsal = "a rehearsal of make gpu-check without network, " if self.rehearsal else ""
-        return f"Python {self.python}, torch {self.torch}, {kernels}: {rehearsal}a short run"
+        compiler = f", {self.compiler}" if self.compiler else ""
+        return f"Python {self.python}, torch {self.torch}, {kernels}{compiler}: {rehearsal}a short run"
 
 
 ROWS = (
@@ -69,6 +72,7 @@ ROWS = (
     Row("oldest", "3.12", OLDEST, "9.0", SHORT_RUN, rehearsal=True),
     Row("newest", "3.13", NEWEST, "12.0+PTX", SHORT_RUN + CONTRACT),
     Row("oldest-cpu", "3.10", OLDEST, NONE, SHORTEST_RUN),
+    Row("clang", USUAL_PYTHON, USUAL, NONE, SHORTEST_RUN, compiler="clang++"),
 )
 
 nox.options.default_venv_backend = "venv"
@@ -116,6 +120,8 @@ def rehearse_gpu_check(session: nox.Session, row: Row) -> None:
 
 def run_row(session: nox.Session, row: Row) -> None:
     session.log(f"{row.name}: {row}")
+    if row.compiler and not shutil.which(row.compiler):
+        session.skip(f"{row.compiler} is not installed")
     session.chdir(copy_checkout(session))
     if row.rehearsal:
         rehearse_gpu_check(session, row)

@@ -38,7 +38,7 @@ def version() -> str:
 
 
 def openmp_flag() -> str:
-    """For torch's pool of threads. Not given to the linker: torch's own OpenMP runtime is the only one. On Linux that is
+    """For torch's pool of threads. Not given to the linker: torch's own OpenMP runtime is the only one. On Linux it is
     GNU's, for which clang compiles nothing: csrc/cpu/parallel.cpp calls it by name there.
     """
     ask = [get_cxx_compiler(), "-dM", "-E", "-x", "c++", os.devnull]

@@ -92,7 +92,7 @@ class Flow(fx.Interpreter):
         inputs = [i for i in n.all_input_nodes if i in self.channels]
         result = None
         if n.op == "output":
-            self.stay(inputs, "they are outputs of the model")
+            self.stay(inputs, "outputs of the model")
         elif n.op == "call_module" or inputs:
             result = self.call(n, inputs)
         if result is not None:
@@ -151,7 +151,7 @@ class Flow(fx.Interpreter):
             else:
                 result = self.moved(name, n, given)
         if result is None:
-            self.stay(inputs, f"they go into {label}, which looks at them in a way that is not known here")
+            self.stay(inputs, f"read by {label} in a way that is not known here")
         return result
 
     def why_left(self, module: nn.Module) -> str:
@@ -180,7 +180,7 @@ class Flow(fx.Interpreter):
         if groups > 1 and not given.ids:
             self.left[module] = "it reads channels of which nothing is known"
             return None
-        padded = f"they are constants other than 0, and {self.names[module]} pads with zeros"
+        padded = f"constant but not 0, and {self.names[module]} pads with zeros"
         plan = self.plans[module] = _Plan(self.names[module], columns=given.ids, constants=given.values)
         if groups > 1:
             folded = given.values.where(foldable, 0) * weight.sum((1, 2)) + bias
@@ -262,7 +262,7 @@ class Flow(fx.Interpreter):
         args, kwargs = self.arguments(n, probe)
         if not torch.allclose(function(*args, **kwargs), torch.ones((), dtype=torch.float64)):
             varies = ~values.isnan() & (values != 0)
-            self.stay_where(varies, given.ids, f"they are constants other than 0, and {label} pads with zeros")
+            self.stay_where(varies, given.ids, f"constant but not 0, and {label} pads with zeros")
             values = values.where(~varies, torch.nan)
         return _Channels(given.dim, given.ids, values)
 
@@ -339,10 +339,10 @@ class Flow(fx.Interpreter):
                 whys = []
                 for root in [self.root(self.plans[layer].rows[i]) for i in zero]:
                     others = ", ".join([other for other in sources.get(root, []) if other != name][:3])
-                    added = f"they are added to {others}, whose {kind}s are not zero"
+                    added = f"added to {others}, whose {kind}s are not zero"
                     if root in stay:
                         why = added if others and root in varying else stay[root]
-                        whys.append(why or "they are not constant where they are read")
+                        whys.append(why or "not constant where the next layer reads")
             for why, n in Counter(whys).items():
                 messages.append(f"{name}: {n} zero {kind}{' stays' if n == 1 else 's stay'}: {why}")
         return messages

@@ -224,7 +224,8 @@ def test_with_a_compiler_that_knows_no_cpp20(tmp_path):
 )
 def test_the_openmp_runtime_that_a_compiler_knows(tmp_path, macro, flag):
     compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\n[ "$1" = -dM ] && echo "#define {macro} 1" && exit\necho "error: $*" >&2\nexit 1\n')
+    asked = f'[ "$1" = -dM ] && echo "#define {macro} 1" && exit'
+    compiler.write_text(f'#!/bin/sh\n{asked}\necho "error: $*" >&2\nexit 1\n')
     compiler.chmod(0o755)
     done = _setup(_checkout(tmp_path), "build", CXX=str(compiler), REGFUSED_BUILD="require")
     assert done.returncode == 1

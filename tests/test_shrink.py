@@ -184,7 +184,7 @@ def test_a_constant_before_zero_padding_stays_and_without_padding_goes():
     model[1].bias.data[3] = -0.5
     result = shrunk(model, x)
     assert rows(result)["0"] == (8, 7)
-    assert result.report.stays == ("0: 1 zero filter stays: they are constants other than 0, and 4 pads with zeros",)
+    assert result.report.stays == ("0: 1 zero filter stays: constant but not 0, and 4 pads with zeros",)
     for model, images in ((cnn(), larger), (cnn(padding=1, padding_mode="reflect"), x)):
         zero(model[0], [0, 3], model[1], then=0.5)
         assert rows(shrunk(model, images))["0"] == (8, 6)
@@ -207,7 +207,7 @@ def test_resnet():
     zero(model.layer2[0].downsample[0], [0], model.layer2[0].downsample[1], then=0.25)
     zero(model.layer2[1].conv2, [0], model.layer2[1].bn2)
     result = shrunk(model, x)
-    padded = "they are constants other than 0, and layer2.1.conv1 pads with zeros"
+    padded = "constant but not 0, and layer2.1.conv1 pads with zeros"
     assert rows(result) == {
         "conv": (8, 7),
         "layer1.0.conv1": (8, 5),
@@ -222,10 +222,10 @@ def test_resnet():
         "fc": (5, 5),
     }
     assert result.report.stays == (
-        "layer1.0.conv2: 1 zero filter stays: they are added to conv, whose filters are not zero",
-        "layer1.1.conv2: 1 zero filter stays: they are added to conv, whose filters are not zero",
+        "layer1.0.conv2: 1 zero filter stays: added to conv, whose filters are not zero",
+        "layer1.1.conv2: 1 zero filter stays: added to conv, whose filters are not zero",
         f"layer2.0.conv2: 1 zero filter stays: {padded}",
-        "layer2.0.conv2: 1 zero filter stays: they are added to layer2.0.downsample.0, layer2.1.conv2, "
+        "layer2.0.conv2: 1 zero filter stays: added to layer2.0.downsample.0, layer2.1.conv2, "
         "whose filters are not zero",
         f"layer2.0.downsample.0: 1 zero filter stays: {padded}",
         f"layer2.1.conv2: 1 zero filter stays: {padded}",
@@ -344,19 +344,19 @@ NOT_CUT = {
     ),
     "layer norm": (
         lambda m, x: m.head(m.norm(m.a(x))), dict(a=nn.Linear(6, 6), norm=nn.LayerNorm(6), head=nn.Linear(6, 2)),
-        ("a: 2 zero rows stay: they go into norm, which looks at them in a way that is not known here",),
+        ("a: 2 zero rows stay: read by norm in a way that is not known here",),
     ),
     "softmax": (
         lambda m, x: m.head(m.a(x).softmax(-1)), dict(a=nn.Linear(6, 6), head=nn.Linear(6, 2)),
-        ("a: 2 zero rows stay: they go into softmax, which looks at them in a way that is not known here",),
+        ("a: 2 zero rows stay: read by softmax in a way that is not known here",),
     ),
     "a size in the code": (
         lambda m, x: m.head(m.a(x).view(-1, 6)), dict(a=nn.Linear(6, 6), head=nn.Linear(6, 2)),
-        ("a: 2 zero rows stay: they go into view, which looks at them in a way that is not known here",),
+        ("a: 2 zero rows stay: read by view in a way that is not known here",),
     ),
     "added to the input": (
         lambda m, x: m.head(x + m.a(x)), dict(a=nn.Linear(6, 6), head=nn.Linear(6, 2)),
-        ("a: 2 zero rows stay: they go into add, which looks at them in a way that is not known here",),
+        ("a: 2 zero rows stay: read by add in a way that is not known here",),
     ),
     "weight norm": (
         lambda m, x: m.head(m.b(m.a(x))),
@@ -382,7 +382,7 @@ NOT_CUT = {
         lambda m, x: m.a(x), dict(a=nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)),
         ("a.linear1: 2 zero rows stay: it is not called on its own",),
     ),
-    "output": (lambda m, x: m.a(x), dict(a=nn.Linear(6, 6)), ("a: 2 zero rows stay: they are outputs of the model",)),
+    "output": (lambda m, x: m.a(x), dict(a=nn.Linear(6, 6)), ("a: 2 zero rows stay: outputs of the model",)),
 }  # fmt: skip
 
 

@@ -316,6 +316,19 @@ def test_grad_scale_by_hand(make, scale):
 
 
 @EVERY_OPTIMIZER
+@pytest.mark.parametrize("group_dim", (0, 1))
+def test_gradients_are_left_unscaled_beside_a_group_lasso(make, group_dim):
+    params = make_params([(40, 30), (3, 20_000)])
+    give_grads(params)
+    raw = [p.grad.clone() for p in params]
+    optimizer = make(params, lr=0.1, fused=True, group_l1=0.5, group_dim=group_dim)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    optimizer.step()
+    for p, g in zip(params, raw, strict=True):
+        assert torch.equal(p.grad, g / 4)
+
+
+@EVERY_OPTIMIZER
 @pytest.mark.parametrize("found_inf", (1.0, 2.0, -1.0, INF, NAN))
 def test_found_inf_counts_as_set_when_it_is_not_0(make, found_inf):
     params = make_params([33, 5])

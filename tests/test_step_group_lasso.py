@@ -160,6 +160,12 @@ def test_lr_zero_keeps_every_bit(make, options, dim, isa):
     optimizer.step()
     assert torch.equal(bits(p), before)
     assert optimizer.stats.zero_fraction == 0.2
+    # It is a step all the same, as with a warm-up that begins at 0.
+    [q] = twins = copy_params([p])
+    share_grads([p], twins)
+    plain = make(twins, momentum=0.9, **{**options, "group_l1": 0.0})
+    plain.step()
+    assert torch.equal(bits(optimizer.state[p]["momentum_buffer"]), bits(plain.state[q]["momentum_buffer"]))
 
 
 @BOTH

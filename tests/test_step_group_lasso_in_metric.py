@@ -148,6 +148,21 @@ def test_what_cannot_be_measured(make, shape):
     assert p.isfinite().all() and p[1, 2].item() == pytest.approx(kept, rel=1e-6)
 
 
+@KINDS
+@pytest.mark.parametrize("group_dim", (0, 1))
+def test_lr_zero_moves_the_moments_alone(make, group_dim):
+    params = [parameter((70, 40), (0, 1), torch.float32, seed=0)]
+    twins, before = copy_params(params), copy_params(params)
+    share_grads(params, twins)
+    ours, plain = make(params, lr=0.0, group_l1=GROUP_L1, group_dim=group_dim), make(twins, lr=0.0)
+    for _ in range(2):
+        ours.step()
+        plain.step()
+    assert_params_equal(params, before)
+    for name, value in plain.state[twins[0]].items():
+        assert torch.equal(ours.state[params[0]][name], value), name
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 def test_the_same_bits_on_every_instruction_set_and_number_of_threads(monkeypatch, threads, dtype):
     if ON_CUDA_KERNELS:

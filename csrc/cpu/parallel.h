@@ -18,7 +18,8 @@ constexpr int64_t kSerialElements = 65536;
 bool in_forked_child();
 
 #if defined(REGFUSED_GOMP)
-// at::parallel_for for clang, which compiles "omp parallel" for LLVM's runtime, while torch brings GNU's. f throws nothing.
+// at::parallel_for for clang, which compiles "omp parallel" for LLVM's runtime, while torch brings GNU's. f throws
+// nothing.
 void parallel_by_gomp(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 #endif
 

@@ -92,9 +92,8 @@ void SlicesOnCpu::for_each(const Chunks& chunks, const F& f) {
 }
 
 void SlicesOnCpu::shrink(const Make& make) {
-  for_each(whole_, [&](const Cut& cut, const Chunk& chunk, size_t) {
-    kernels_.shrink(cut.tensor, chunk.begin, chunk.size);
-  });
+  for_each(whole_,
+           [&](const Cut& cut, const Chunk& chunk, size_t) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
   begin_search();
   for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t number) {
     if (make) make_piece(make, number, cut, piece);

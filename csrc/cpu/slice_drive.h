@@ -9,9 +9,9 @@
 
 namespace regfused {
 
-// Slices that fit a chunk are measured and scaled while they are in the cache. Others take two passes
-// over memory. Either way the order of additions depends on the shape alone: the same bits for any
-// number of threads.
+// Slices that fit a chunk are measured and scaled while they are in the cache. Others take two passes over memory, the
+// first of which may be the one that makes the elements. Either way the order of additions depends on the shape alone:
+// the same bits for any number of threads.
 class SlicesOnCpu {
  public:
   // How many elements of whole slices make a chunk, or 0 where slices do not lie together or do not fit.
@@ -24,11 +24,12 @@ class SlicesOnCpu {
   void set(size_t i, const SliceTensor& tensor);
   // Cannot fail.
   void shrink() { shrink({}); }
-  // (tensor, piece, elements): what makes the elements, which lie in a piece of the tensor that set() knows by a number.
-  using Make = std::function<void(size_t, size_t, const Chunk&)>;
-  // The same, where `make` makes all elements, piece by piece: they are measured while they are in the cache.
+  // make(i, piece, elements) makes elements of the tensor that set() knows as i. They lie together, in one piece.
+  using Make = std::function<void(size_t i, size_t piece, const Chunk& elements)>;
+  // The same after `make` has made all elements of tensors whose slices do not fit a chunk: each piece is measured
+  // while it is in the cache.
   void shrink(const Make& make);
-  // Of all tensors whose slices do not fit a chunk.
+  // Of these tensors.
   size_t pieces() const { return pieces_.size(); }
   bool is_passed_by(size_t i) const { return cuts_[i].tensor.is_passed_by(); }
 
