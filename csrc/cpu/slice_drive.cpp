@@ -24,6 +24,9 @@ constexpr int64_t kPiece = 16384;
 // Slices whose partial sums are added up by one thread at a time.
 constexpr int64_t kSlicesTogether = 256;
 
+// Elements of a batch for each thread, unless one tensor has more.
+constexpr int64_t kBatch = int64_t(1) << 18;
+
 constexpr int64_t kLargestWork = int64_t(1) << 30;  // of a chunk
 
 }  // namespace
@@ -39,8 +42,7 @@ void SlicesOnCpu::clear() {
   kernels_ = choose_kernels()->slice;
   cuts_.clear();
   whole_.clear();
-  pieces_.clear();
-  slices_.clear();
+  batches_.clear();
   partials_.clear();
   factors_.clear();
   radii_.clear();
@@ -63,16 +65,30 @@ size_t SlicesOnCpu::add(const SliceTensor& tensor) {
       pieces = cut.columns.pieces();
       partials = cut.columns.partials();
     }
-    pieces_.add(i, pieces * kPiece, kPiece);
+    Batch& batch = batch_for(layout.numel());
+    batch.end_cut = cuts_.size() + 1;
+    batch.numel += layout.numel();
+    batch.pieces.add(i, pieces * kPiece, kPiece);
     const int64_t additions = partials / layout.count * std::min(layout.count, kSlicesTogether);
     cut.judging = std::clamp<int64_t>(additions, 1, kLargestWork);
-    slices_.add(i, (layout.count + kSlicesTogether - 1) / kSlicesTogether * cut.judging, cut.judging);
+    batch.slices.add(i, (layout.count + kSlicesTogether - 1) / kSlicesTogether * cut.judging, cut.judging);
     cut.plane = partials;
     partials_.resize(partials_.size() + partials);
     factors_.resize(factors_.size() + layout.count);
   }
   cuts_.push_back(cut);
   return i;
+}
+
+// The last batch, or a new one where a tensor of this many elements would make it too large.
+SlicesOnCpu::Batch& SlicesOnCpu::batch_for(int64_t numel) {
+  if (batches_.empty() || batches_.back().numel + numel > kBatch * at::get_num_threads()) {
+    Batch batch;
+    batch.first_cut = cuts_.size();
+    batch.first_piece = pieces();
+    batches_.push_back(batch);
+  }
+  return batches_.back();
 }
 
 void SlicesOnCpu::set(size_t i, const SliceTensor& tensor) {
@@ -95,22 +111,26 @@ void SlicesOnCpu::shrink(const Make& make) {
   for_each(whole_,
            [&](const Cut& cut, const Chunk& chunk, size_t) { kernels_.shrink(cut.tensor, chunk.begin, chunk.size); });
   begin_search();
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t number) {
-    if (make) make_piece(make, number, cut, piece);
+  for (Batch& batch : batches_) shrink(batch, make);
+}
+
+void SlicesOnCpu::shrink(Batch& batch, const Make& make) {
+  for_each(batch.pieces, [&](const Cut& cut, const Chunk& piece, size_t c) {
+    if (make) make_piece(make, batch.first_piece + c, cut, piece);
     cut.tensor.metric ? sum(cut, piece) : measure(cut, piece);
   });
-  for_each(slices_, [&](const Cut& cut, const Chunk& chunk, size_t) {
+  for_each(batch.slices, [&](const Cut& cut, const Chunk& chunk, size_t) {
     cut.tensor.metric ? make_radii(cut, chunk) : make_factors(cut, chunk);
   });
-  for (int i = 1; i < kMostRadii && is_search_open(); ++i) {
-    for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t) {
+  for (int i = 1; i < kMostRadii && is_search_open(batch); ++i) {
+    for_each(batch.pieces, [&](const Cut& cut, const Chunk& piece, size_t) {
       if (cut.open) sum(cut, piece);
     });
-    for_each(slices_, [&](const Cut& cut, const Chunk& chunk, size_t) {
+    for_each(batch.slices, [&](const Cut& cut, const Chunk& chunk, size_t) {
       if (cut.open) make_radii(cut, chunk);
     });
   }
-  for_each(pieces_, [&](const Cut& cut, const Chunk& piece, size_t) {
+  for_each(batch.pieces, [&](const Cut& cut, const Chunk& piece, size_t) {
     cut.tensor.metric ? shrink_to_radii(cut, piece) : scale(cut, piece);
   });
 }
@@ -140,14 +160,14 @@ void SlicesOnCpu::begin_search() {
   sums_.resize(partials_.size() * SliceSums::kCount);
 }
 
-bool SlicesOnCpu::is_search_open() {
+bool SlicesOnCpu::is_search_open(const Batch& batch) {
   const auto is_open = [&](const Cut& cut) {
     if (!cut.is_searched()) return false;
     const auto* radii = radii_.data() + cut.factors;
     return std::any_of(radii, radii + cut.tensor.layout.count, [](const SliceRadius& r) { return r.open; });
   };
   bool open = false;
-  for (Cut& cut : cuts_) open |= cut.open = is_open(cut);
+  for (size_t i = batch.first_cut; i < batch.end_cut; ++i) open |= cuts_[i].open = is_open(cuts_[i]);
   return open;
 }
 

@@ -9,9 +9,10 @@
 
 namespace regfused {
 
-// Slices that fit a chunk are measured and scaled while they are in the cache. Others take two passes over memory, the
-// first of which may be the one that makes the elements. Either way the order of additions depends on the shape alone:
-// the same bits for any number of threads.
+// Slices that fit a chunk are measured and scaled while they are in the cache of a core. Others take two passes, the
+// first of which may be the one that makes the elements: over some tensors at a time, which all cores' cache holds
+// where tensors are not too large. Either way the order of additions depends on the shape alone: the same bits for any
+// number of threads.
 class SlicesOnCpu {
  public:
   // How many elements of whole slices make a chunk, or 0 where slices do not lie together or do not fit.
@@ -30,7 +31,7 @@ class SlicesOnCpu {
   // while it is in the cache.
   void shrink(const Make& make);
   // Of these tensors.
-  size_t pieces() const { return pieces_.size(); }
+  size_t pieces() const { return batches_.empty() ? 0 : batches_.back().first_piece + batches_.back().pieces.size(); }
   bool is_passed_by(size_t i) const { return cuts_[i].tensor.is_passed_by(); }
 
  private:
@@ -48,13 +49,23 @@ class SlicesOnCpu {
     bool is_searched() const { return tensor.metric && !tensor.is_passed_by() && plane > 0; }
   };
 
+  // Tensors whose slices do not fit, some at a time.
+  struct Batch {
+    size_t first_cut = 0, end_cut = 0, first_piece = 0;
+    int64_t numel = 0;
+    Chunks pieces;  // a piece has begin / kPiece as its number
+    Chunks slices;  // some together: their number is begin / judging
+  };
+  Batch& batch_for(int64_t numel);
+
+  void shrink(Batch& batch, const Make& make);
   void make_piece(const Make& make, size_t number, const Cut& cut, const Chunk& piece);
   void measure(const Cut& cut, const Chunk& piece);
   void make_factors(const Cut& cut, const Chunk& chunk);
   void scale(const Cut& cut, const Chunk& piece);
   // The same in a metric, where radii take the place of factors and are sought.
   void begin_search();
-  bool is_search_open();
+  bool is_search_open(const Batch& batch);
   void sum(const Cut& cut, const Chunk& piece);
   void make_radii(const Cut& cut, const Chunk& chunk);
   void shrink_to_radii(const Cut& cut, const Chunk& piece);
@@ -67,9 +78,8 @@ class SlicesOnCpu {
 
   SliceKernels kernels_ = {};
   std::vector<Cut> cuts_;
-  Chunks whole_;   // of slices that fit
-  Chunks pieces_;  // of others: a piece has begin / kPiece as its number
-  Chunks slices_;  // of others, some together: their number is begin / judging
+  Chunks whole_;  // of slices that fit
+  std::vector<Batch> batches_;
   std::vector<double> partials_, factors_;
   std::vector<SliceRadius> radii_;
   std::vector<double> sums_;  // SliceSums::kCount planes for each tensor, where partials_ has one

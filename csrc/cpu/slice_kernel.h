@@ -178,11 +178,13 @@ struct FloatSliceLanes {
     third[I] += product * threshold;
   }
   REGFUSED_RULE void move_to(SliceLanes& sums) {
-    for (int i = 0; i < kLanes / kFloats; ++i) {
+    // Not a loop: what it goes over would be in memory all the time.
+    for_each_vector<float>([&](auto position, int) __attribute__((always_inline)) {
+      constexpr int i = position.value;
       move(squares[i], sums.squares + 2 * i);
       move(second[i], sums.second + 2 * i);
       move(third[i], sums.third + 2 * i);
-    }
+    });
   }
 
  private:
@@ -200,7 +202,7 @@ REGFUSED_RULE V larger(V a, V b) {
 // The larger threshold, where q is not 0.
 template <class V>
 REGFUSED_RULE V larger_threshold(V q, V threshold, V largest) {
-  return q == 0 ? largest : larger(threshold, largest);
+  return larger(q == 0 ? V{} : threshold, largest);
 }
 template <class T, class V>
 REGFUSED_RULE double largest_lane(V lanes) {
@@ -246,13 +248,12 @@ struct MetricRows {
   }
 };
 
-// thresholds: room for t of each element, in whole rows, where a slice lies in a chunk: there they are made once. Or
-// null.
+// weights: room for D of each element, in whole rows, where a slice lies in a chunk: there they are made once. Or null.
 template <class S>
-SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, typename Storage<S>::T* thresholds) {
+SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n, typename Storage<S>::T* weights) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   SliceLanes lanes;
   V largest{};
   if constexpr (sizeof(T) == 4) {
@@ -260,8 +261,8 @@ SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n,
     MetricRows<S>(tensor, begin, n)
         .template for_each<false>(
             [&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-              const V threshold = threshold_of(load(v)), of_q = load(q);
-              if (thresholds) store(thresholds + i, threshold);
+              const V weight = weight_of(load(v)), threshold = weight_of.threshold(weight), of_q = load(q);
+              if (weights) store(weights + i, weight);
               largest = larger_threshold(of_q, threshold, largest);
               some.template add<position.value>(of_q, threshold);
             },
@@ -276,8 +277,8 @@ SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n,
   }
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V threshold = threshold_of(load(v)), of_q = load(q);
-        if (thresholds) store(thresholds + i, threshold);
+        const V weight = weight_of(load(v)), threshold = weight_of.threshold(weight), of_q = load(q);
+        if (weights) store(weights + i, weight);
         largest = larger_threshold(of_q, threshold, largest);
         lanes.template add<position.value, true>(of_q, threshold);
       });
@@ -288,15 +289,16 @@ SliceSums sums_at_beginning(const SliceTensor& tensor, int64_t begin, int64_t n,
 
 template <class S>
 SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
-                  const typename Storage<S>::T* thresholds) {
+                  const typename Storage<S>::T* weights) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   const T r = T(radius);
   SliceLanes lanes;
   MetricRows<S>(tensor, begin, n)
       .template for_each<false>([&](auto position, const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V slope = slice_slope<T>(thresholds ? load(thresholds + i) : threshold_of(load(v)), r);
+        const V weight = weights ? load(weights + i) : weight_of(load(v));
+        const V slope = slice_slope<T>(weight_of.threshold(weight), r);
         lanes.template add<position.value, false>(load(q) * slope, slope);
       });
   return lanes.total();
@@ -304,27 +306,27 @@ SliceSums sums_at(const SliceTensor& tensor, int64_t begin, int64_t n, double ra
 
 template <class S>
 void shrink_to(const SliceTensor& tensor, int64_t begin, int64_t n, double radius,
-               const typename Storage<S>::T* thresholds) {
+               const typename Storage<S>::T* weights) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  if (radius > largest_number<double>()) return;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
-  const T r = T(radius);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const T pull = weight_of.pull(radius);
+  if (pull == 0) return;
   MetricRows<S>(tensor, begin, n)
       .template for_each<true>([&](auto, S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V threshold = thresholds ? load(thresholds + i) : threshold_of(load(v));
-        store(q, slice_shrunk<T>(load(q), threshold, r));
+        const V weight = weights ? load(weights + i) : weight_of(load(v));
+        store(q, slice_shrunk(load(q), weight, pull));
       });
 }
 
 template <class S>
 void shrink_in_metric(const SliceTensor& tensor, int64_t begin, int64_t n) {
   using T = typename Storage<S>::T;
-  alignas(REGFUSED_VECTOR_BYTES) T thresholds[kMostInChunk + kLanes];
-  SliceRadius radius = next_radius({}, sums_at_beginning<S>(tensor, begin, n, thresholds), radius_precision<T>());
+  alignas(REGFUSED_VECTOR_BYTES) T weights[kMostInChunk + kLanes];
+  SliceRadius radius = next_radius({}, sums_at_beginning<S>(tensor, begin, n, weights), radius_precision<T>());
   for (int i = 1; i < kMostRadii && radius.open; ++i)
-    radius = next_radius(radius, sums_at<S>(tensor, begin, n, radius.radius, thresholds), radius_precision<T>());
-  shrink_to<S>(tensor, begin, n, radius.radius, thresholds);
+    radius = next_radius(radius, sums_at<S>(tensor, begin, n, radius.radius, weights), radius_precision<T>());
+  shrink_to<S>(tensor, begin, n, radius.radius, weights);
 }
 
 // The numbers of a partial sum lie apart.
@@ -353,24 +355,25 @@ void shrink_segment(const SliceTensor& tensor, const SliceSegments::Segment& seg
   shrink_to<S>(tensor, segment.begin, segment.size, radius.radius, nullptr);
 }
 
-// The radius of each column of a tile, from radius_of(i) of its run i, which is asked in turn; and which stretches of
-// kLanes columns have one that is still sought.
+// number(radius) for each column of a tile, from radius_of(i) of its run i, which is asked in turn; and which stretches
+// of kLanes columns have a radius that is still sought.
 template <class T>
 struct ColumnRadii {
-  Columns<T> radii;
+  Columns<T> numbers;
   bool open[kSliceColumns / kLanes + 1] = {};
 
-  template <class RadiusOf>
-  REGFUSED_RULE ColumnRadii(const SliceTile& tile, RadiusOf radius_of) {
+  template <class RadiusOf, class Number>
+  REGFUSED_RULE ColumnRadii(const SliceTile& tile, RadiusOf radius_of, const Number& number) {
     const int32_t runs = tile.runs();
     for (int32_t run = 0, c = 0; run < runs; ++run) {
       const SliceRadius& radius = radius_of(run);
+      const T of_run = number(radius.radius);
       for (const int32_t end = tile.begin_of(run + 1); c < end; ++c) {
-        radii.at[c] = T(radius.radius);
+        numbers.at[c] = of_run;
         open[c / kLanes] |= radius.open;
       }
     }
-    for (int c = 0; c < kLanes; ++c) radii.at[tile.columns + c] = 0;
+    for (int c = 0; c < kLanes; ++c) numbers.at[tile.columns + c] = 0;
   }
 };
 
@@ -430,13 +433,13 @@ template <class S, class A>
 ColumnSums<A, typename Storage<S>::T> sums_of_columns(const SliceTensor& tensor, const SliceTile& tile) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
   const T scale = sizeof(A) == 4 ? kFloatScale : 1;
   ColumnSums<A, T> sums;
   for_each_in_metric<S, false>(
       tensor, tile,
       [&](const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V threshold = threshold_of(load(v)), of_q = load(q);
+        const V threshold = weight_of.threshold(weight_of(load(v))), of_q = load(q);
         T* largest = sums.largest.at + i;
         store(largest, larger_threshold(of_q, threshold, load(largest)));
         sums.template add<true>(i, of_q * scale, threshold);
@@ -463,36 +466,37 @@ void sum_columns_at_beginning(const SliceTensor& tensor, const SliceTile& tile, 
 }
 
 // The sums of each run of a tile at the radii of its columns; those of radii that have been found are not made.
-template <class S>
-void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const ColumnRadii<typename Storage<S>::T>& at,
-                 double* to, int64_t plane) {
+template <class S, class RadiusOf>
+void sum_columns(const SliceTensor& tensor, const SliceTile& tile, const RadiusOf& radius_of, double* to,
+                 int64_t plane) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const ColumnRadii<T> radii(tile, radius_of, [](double radius) { return T(radius); });
   ColumnSums<double, T> sums;
   for_each_in_metric<S, false>(
       tensor, tile,
       [&](const S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V slope = slice_slope<T>(threshold_of(load(v)), load(at.radii.at + i));
+        const V slope = slice_slope<T>(weight_of.threshold(weight_of(load(v))), load(radii.numbers.at + i));
         sums.template add<false>(i, load(q) * slope, slope);
       },
-      [&](int64_t i) __attribute__((always_inline)) { return at.open[i / kLanes]; });
+      [&](int64_t i) __attribute__((always_inline)) { return radii.open[i / kLanes]; });
   const int32_t runs = tile.runs();
   for (int32_t run = 0; run < runs; ++run) put(sums.of_run(tile, run), to + run, plane);
 }
 
-template <class S>
-REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile,
-                                  const ColumnRadii<typename Storage<S>::T>& to) {
+template <class S, class RadiusOf>
+REGFUSED_RULE void shrink_columns(const SliceTensor& tensor, const SliceTile& tile, const RadiusOf& radius_of) {
   using T = typename Storage<S>::T;
   using V = typename Storage<S>::V;
-  const SliceThreshold<T> threshold_of(tensor.metric, tensor.bound);
+  const SliceWeight<T> weight_of(tensor.metric, tensor.bound);
+  const ColumnRadii<T> pulls(tile, radius_of, [&](double radius) { return weight_of.pull(radius); });
   for_each_in_metric<S, true>(
       tensor, tile,
       [&](S* q, const S* v, int64_t i) __attribute__((always_inline)) {
-        const V of_q = load(q), radius = load(to.radii.at + i);
-        const V shrunk = slice_shrunk<T>(of_q, threshold_of(load(v)), radius);
-        store(q, radius > largest_number<T>() ? of_q : shrunk);
+        const V of_q = load(q), pull = load(pulls.numbers.at + i);
+        const V shrunk = slice_shrunk(of_q, weight_of(load(v)), pull);
+        store(q, pull == 0 ? of_q : shrunk);
       },
       [](int64_t) __attribute__((always_inline)) { return true; });
 }
@@ -510,7 +514,7 @@ void shrink_row_in_metric(const SliceTensor& tensor, const SliceTile& tile) {
     if (i == 0)
       sum_columns_at_beginning<S>(tensor, tile, sums, kSliceColumns);
     else
-      sum_columns<S>(tensor, tile, ColumnRadii<T>(tile, radius_of), sums, kSliceColumns);
+      sum_columns<S>(tensor, tile, radius_of, sums, kSliceColumns);
     open = false;
     for (int32_t run = 0; run < runs; ++run) {
       if (!radii[run].open) continue;
@@ -518,7 +522,7 @@ void shrink_row_in_metric(const SliceTensor& tensor, const SliceTile& tile) {
       open |= radii[run].open;
     }
   }
-  shrink_columns<S>(tensor, tile, ColumnRadii<T>(tile, radius_of));
+  shrink_columns<S>(tensor, tile, radius_of);
 }
 
 // Of the runs of a tile, asked in turn from the first on: the radii of their slices.
@@ -543,13 +547,12 @@ void sum_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadiu
   bool open = false;
   for (int32_t run = 0; run < runs; ++run) open |= radius_of(run).open;
   if (!open) return;
-  sum_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)), sums,
-                 plane);
+  sum_columns<S>(tensor, tile, RadiiInTurn(tensor, tile, radii), sums, plane);
 }
 
 template <class S>
 void shrink_tile(const SliceTensor& tensor, const SliceTile& tile, const SliceRadius* radii) {
-  shrink_columns<S>(tensor, tile, ColumnRadii<typename Storage<S>::T>(tile, RadiiInTurn(tensor, tile, radii)));
+  shrink_columns<S>(tensor, tile, RadiiInTurn(tensor, tile, radii));
 }
 
 // --- Both -----------------------------------------------------------------------------------------

@@ -236,13 +236,13 @@ template <class S>
 struct MetricTensor {
   S* q;
   const S* v;
-  SliceThreshold<Arithmetic<S>> threshold_of;
+  SliceWeight<Arithmetic<S>> weight_of;
   SliceRadius* radii;  // one for each slice
 
   __device__ __forceinline__ explicit MetricTensor(const SliceDeviceTensor& tensor)
       : q(in_global_memory<S>(tensor.data)),
         v(in_global_memory<S>(const_cast<void*>(tensor.second_moment))),
-        threshold_of({tensor.second_moment, tensor.metric->root, tensor.metric->floor}, tensor.metric->bound),
+        weight_of({tensor.second_moment, tensor.metric->root, tensor.metric->floor}, tensor.metric->bound),
         radii(radii_of(tensor)) {}
 };
 
@@ -295,7 +295,7 @@ __device__ __forceinline__ MetricSums<A> metric_sums_of_lane(const MetricTensor<
   for_each_of_lane(of, segment, [&]<int N>(const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const T threshold = of.threshold_of(widen(of_v.at[j]));
+      const T threshold = of.weight_of.threshold(of.weight_of(widen(of_v.at[j])));
       if (beginning)
         sums.add_at_beginning(widen(of_q.at[j]), threshold);
       else
@@ -362,11 +362,12 @@ __device__ __forceinline__ void shrink_segment(const SliceDeviceTensor& tensor, 
   const SliceSegments::Segment segment = tensor.segments.segment(index);
   const MetricTensor<S> of(tensor);
   const double radius = of.radii[segment.slice].radius;
-  if (radius > DBL_MAX) return;
+  const T pull = of.weight_of.pull(radius);
+  if (pull == 0) return;
   for_each_of_lane(of, segment, [&]<int N>(Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      narrow(slice_shrunk<T>(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), T(radius)), of_q.at[j]);
+      narrow(slice_shrunk(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), pull), of_q.at[j]);
     of_q.store(to);
   });
 }
@@ -424,7 +425,7 @@ __device__ __forceinline__ void sum_tile(const SliceDeviceTensor& tensor, int64_
       for_each_row<S, N>(of, tile, c, [&](const Pack<S, N>& of_q, const Pack<S, N>& of_v, S*, int64_t) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const T threshold = of.threshold_of(widen(of_v.at[j]));
+          const T threshold = of.weight_of.threshold(of.weight_of(widen(of_v.at[j])));
           if (again)
             sums[j].add(widen(of_q.at[j]), threshold, radius[j]);
           else
@@ -467,15 +468,14 @@ __device__ __forceinline__ void shrink_tile(const SliceDeviceTensor& tensor, int
   if (tile.begin >= tile.numel) return;  // beyond the short last row
   const MetricTensor<S> of(tensor);
   for_each_column(of, tile, [&]<int N>(int c) {
-    T radius[N];
+    T pull[N];
     SliceOfColumn at(tile, tensor.columns.layout.count, c);
 #pragma unroll
-    for (int j = 0; j < N; ++j, at.next()) radius[j] = T(of.radii[at.slice].radius);
+    for (int j = 0; j < N; ++j, at.next()) pull[j] = of.weight_of.pull(of.radii[at.slice].radius);
     for_each_row<S, N>(of, tile, c, [&](Pack<S, N>& of_q, const Pack<S, N>& of_v, S* to, int64_t left) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        if (!(radius[j] > largest_number<T>()))
-          narrow(slice_shrunk<T>(widen(of_q.at[j]), of.threshold_of(widen(of_v.at[j])), radius[j]), of_q.at[j]);
+        if (pull[j] != 0) narrow(slice_shrunk(widen(of_q.at[j]), of.weight_of(widen(of_v.at[j])), pull[j]), of_q.at[j]);
       store_some(of_q, to, left);
     });
   });

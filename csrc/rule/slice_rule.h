@@ -35,7 +35,8 @@ enum class SliceRule : uint8_t {
 // than about 1.5*sum (q^2*t^2)/||q||^3: where thresholds are small against ||q|| that does not show in any w, and the
 // search is at its end where it begins.
 //
-// e is made again of what the step has left in a slot: t = bound/(sqrt(v)*root + floor).
+// e is made again of what the step has left in a slot: t = bound/D where D = sqrt(v)*root + floor. With that
+// w = q * D/(D + bound/r), which takes one division less.
 struct SliceMetric {
   const void* second_moment = nullptr;  // v, which lies as the tensor does; null: one length for all elements
   double root = 0;
@@ -85,21 +86,40 @@ REGFUSED_RULE double slice_factor(SliceRule rule, double bound, double norm) {
   return norm <= bound ? 0 : 1 - bound / norm;
 }
 
-// t of an element from its second moment. None is so small or so large that products of it overflow: an element whose
-// second moment has become infinite does not move anyway, and of one with kLargest nothing is left.
 template <class T>
-struct SliceThreshold {
-  static constexpr T kLargest = T(sizeof(T) == 4 ? 1e18 : 1e100);
-  T bound, root, floor;
+REGFUSED_RULE constexpr T largest_number() {
+  return T(sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+}
 
-  REGFUSED_RULE SliceThreshold(const SliceMetric& metric, double bound)
-      : bound(T(bound)), root(T(metric.root)), floor(T(metric.floor)) {}
+// D of an element from its second moment. An element whose second moment has become infinite has a large one, and moves
+// no more.
+template <class T>
+struct SliceWeight {
+  static constexpr T kLargest = T(sizeof(T) == 4 ? 1e38 : 1e300), kLargestThreshold = T(sizeof(T) == 4 ? 1e18 : 1e100);
+  double bound;
+  T root, floor;
+
+  REGFUSED_RULE SliceWeight(const SliceMetric& metric, double bound)
+      : bound(bound), root(T(metric.root)), floor(T(metric.floor)) {}
 
   template <class V>
   REGFUSED_RULE V operator()(V v) const {
-    const V threshold = bound / (square_root(v) * root + floor);
-    const V not_small = threshold > 1 / kLargest ? threshold : splat<V>(1 / kLargest);
-    return not_small < kLargest ? not_small : splat<V>(kLargest);
+    const V weight = square_root(v) * root + floor;
+    return weight < kLargest ? weight : splat<V>(kLargest);
+  }
+  // t. None is so small or so large that products of it overflow.
+  template <class V>
+  REGFUSED_RULE V threshold(V weight) const {
+    const V threshold = T(bound) / weight;
+    const V not_small = threshold > 1 / kLargestThreshold ? threshold : splat<V>(1 / kLargestThreshold);
+    return not_small < kLargestThreshold ? not_small : splat<V>(kLargestThreshold);
+  }
+  // bound/r of a slice, for slice_shrunk. 0 means that the slice stays as it is: its norm is infinite.
+  REGFUSED_RULE T pull(double radius) const {
+    constexpr T kSmallest = T(sizeof(T) == 4 ? 1e-37 : 1e-300);
+    if (radius > largest_number<double>()) return 0;
+    const T pull = T(bound / radius);
+    return pull < kSmallest ? kSmallest : pull;
   }
 };
 
@@ -109,16 +129,10 @@ REGFUSED_RULE V slice_slope(V threshold, R radius) {
   return T(1) / (radius + threshold);
 }
 
-// q -> w of one element. An infinite radius leaves the slice as it is. A threshold that was infinite leaves nothing.
-template <class T, class V, class R>
-REGFUSED_RULE V slice_shrunk(V q, V threshold, R radius) {
-  const V infinite = splat<V>(T(HUGE_VAL)), sum = radius + threshold;
-  return q * (radius / (threshold < SliceThreshold<T>::kLargest ? sum : infinite));
-}
-
-template <class T>
-REGFUSED_RULE constexpr T largest_number() {
-  return T(sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+// q -> w of one element. Of an element without weight, which has an infinite threshold, nothing is left.
+template <class V, class P>
+REGFUSED_RULE V slice_shrunk(V q, V weight, P pull) {
+  return q * (weight / (weight + pull));
 }
 
 // How exact a search has to be, in the type of arithmetic.
@@ -142,10 +156,9 @@ REGFUSED_RULE SliceRadius next_radius(const SliceRadius& now, const SliceSums& s
     const double error = 1.5 * sums.third / (sums.squares * start * start);
     return {start, !(error * sums.largest <= precision.error * (start + sums.largest))};
   }
-  if (now.radius == 0 && sums.squares <= 1) return {0, false};
   const double step = sums.squares * (sqrt(sums.squares) - 1) / sums.second;
   double next = now.radius + step;
-  if (!(next > 0)) next = 0;
+  if (!(next > 0)) next = 0;  // of a slice that becomes zero: at r = 0 the sum is no more than 1
   if (!(step <= largest_number<double>())) return {now.radius, false};  // nothing of the slice is left to measure
   const double change = next > now.radius ? next - now.radius : now.radius - next;
   return {next, change > precision.change * next};

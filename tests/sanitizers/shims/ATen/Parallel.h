@@ -10,6 +10,7 @@ namespace at {
 
 // To be set while no pass runs.
 inline int64_t threads_allowed = 1;
+inline int get_num_threads() { return static_cast<int>(threads_allowed); }
 // Beside the calling one, since the beginning.
 inline int64_t threads_started = 0;
 
