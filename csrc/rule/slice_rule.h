@@ -114,13 +114,8 @@ struct SliceWeight {
     const V not_small = threshold > 1 / kLargestThreshold ? threshold : splat<V>(1 / kLargestThreshold);
     return not_small < kLargestThreshold ? not_small : splat<V>(kLargestThreshold);
   }
-  // bound/r of a slice, for slice_shrunk. 0 means that the slice stays as it is: its norm is infinite.
-  REGFUSED_RULE T pull(double radius) const {
-    constexpr T kSmallest = T(sizeof(T) == 4 ? 1e-37 : 1e-300);
-    if (radius > largest_number<double>()) return 0;
-    const T pull = T(bound / radius);
-    return pull < kSmallest ? kSmallest : pull;
-  }
+  // bound/r of a slice, for slice_shrunk. 0 where the norm is infinite, or as good as that: the slice stays as it is.
+  REGFUSED_RULE T pull(double radius) const { return T(bound / radius); }
 };
 
 // 1/(r + t) of an element from its threshold and the radius of its slice. x is its product with q.
